@@ -1,0 +1,38 @@
+# `make help` lists the targets. Each sets the environment up on its first call.
+VENV ?= .venv
+# pip requirement or source folder of Detectron2; empty: see tools/install.sh.
+DETECTRON2 ?=
+PYTHON := $(VENV)/bin/python
+# One stamp for each choice of Detectron2, so that another choice installs again.
+STAMP := $(VENV)/.installed-$(firstword $(shell echo "$(DETECTRON2)" | cksum))
+
+.DEFAULT_GOAL := help
+.PHONY: help install test lint format demo bench
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+$(STAMP): tools/install.sh constraints.txt setup.cfg pyproject.toml
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	PYTHON=$(PYTHON) DETECTRON2="$(DETECTRON2)" tools/install.sh
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+install: $(STAMP)  ## set up .venv with Detectron2 and this project
+
+test: $(STAMP)  ## run the tests
+	$(PYTHON) -m pytest
+
+lint: $(STAMP)  ## check style and formatting
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+format: $(STAMP)  ## format the code
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+demo: $(STAMP)  ## baseline, LabelEnc step 1 and step 2, and a report (DATASET=<COCO-format folder>)
+	$(PYTHON) tools/demo.py $(if $(DATASET),--dataset "$(DATASET)")
+
+bench: $(STAMP)  ## cost of LabelEnc as ratios to plain Detectron2
+	$(PYTHON) tools/benchmark.py
