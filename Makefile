@@ -6,6 +6,9 @@ PYTHON := $(VENV)/bin/python
 # One stamp for each choice of Detectron2, so that another choice installs again.
 STAMP := $(VENV)/.installed-$(firstword $(shell echo "$(DETECTRON2)" | cksum))
 
+# Threads that wait for each other should not keep the data loader's workers off the cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := help
 .PHONY: help install test lint format demo bench
 
@@ -21,7 +24,7 @@ $(STAMP): tools/install.sh constraints.txt setup.cfg pyproject.toml
 install: $(STAMP)  ## set up .venv with Detectron2 and this project
 
 test: $(STAMP)  ## run the tests
-	$(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)  ## check style and formatting
 	$(PYTHON) -m ruff check .
