@@ -1,0 +1,16 @@
+"""The plain parts that LabelEnc and CrossKD build on and that Detectron2 lacks."""
+
+try:
+    import detectron2
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "This project extends Detectron2, which is not installed in this environment. Install it "
+        "with `PYTHON=python tools/install.sh` (see the README), or as its own documentation says."
+    ) from error
+
+from .config import add_plaindet_config
+from .data import register_shapes
+
+register_shapes()
+
+__all__ = ["add_plaindet_config"]

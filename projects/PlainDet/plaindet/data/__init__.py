@@ -1,0 +1,3 @@
+from .coco_format import find_coco_folder, register_coco_format
+from .mapper import PlainDatasetMapper
+from .shapes import register_shapes

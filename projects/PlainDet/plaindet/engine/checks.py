@@ -1,0 +1,53 @@
+"""Checks of a run before it starts."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import ROIHeads
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from torch import nn
+
+# The config key that gives a module its number of classes.
+NUM_CLASSES_KEYS = {
+    RetinaNet: "MODEL.RETINANET.NUM_CLASSES",
+    ROIHeads: "MODEL.ROI_HEADS.NUM_CLASSES",
+}
+
+
+def check_num_classes(cfg: CfgNode, model: nn.Module) -> None:
+    """Compares the classes of every data set of a run with the detector's and with each other.
+
+    Raises:
+        ValueError: they disagree; names the config key, the data set and both numbers.
+    """
+    classes = {name: thing_classes(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
+    for module in model.modules():
+        for module_class, key in NUM_CLASSES_KEYS.items():
+            if isinstance(module, module_class):
+                for name, names in classes.items():
+                    _check_count(key, module.num_classes, name, names)
+    (first, first_classes), *others = classes.items() or [("", [])]
+    for name, names in others:
+        if names != first_classes:
+            raise ValueError(
+                f"The data sets of a run need the same classes in the same order: {first} has "
+                f"{first_classes}, {name} has {names}"
+            )
+
+
+def _check_count(key: str, num_classes: int, name: str, names: list[str]) -> None:
+    if num_classes != len(names):
+        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        raise ValueError(
+            f"{key} is {num_classes}, but the data set {name} has {len(names)} classes ({shown}). "
+            f"Set {key} {len(names)}"
+        )
+
+
+def thing_classes(dataset_name: str) -> list[str]:
+    """The class names of a registered data set, in the order of their training ids."""
+    metadata = MetadataCatalog.get(dataset_name)
+    if metadata.get("thing_classes") is None:
+        DatasetCatalog.get(dataset_name)  # COCO-format sets know their classes once they are read
+    return list(metadata.thing_classes)

@@ -1,0 +1,113 @@
+"""The trainer that every run of this project shares, on top of Detectron2's."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, build_detection_train_loader
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+)
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from plaindet.data import PlainDatasetMapper
+from plaindet.modeling import TrainingOnlyModules
+
+from .checks import check_num_classes
+from .plain_config import write_plain_config
+
+
+class PlainTrainer(DefaultTrainer):
+    """Detectron2's DefaultTrainer, which also
+
+    * checks the data sets' classes against the detector's before it trains,
+    * trains on several CPU processes as well as on several GPUs,
+    * saves the modules that exist for training only in a checkpoint entry of their own,
+    * writes the config of the plain detector, `plain_config.yaml`, for Detectron2 alone.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        # Not DefaultTrainer.__init__: it scales the config by its own auto_scale_workers, passes
+        # device_ids to DistributedDataParallel, which fails on the CPU, and knows no mapper.
+        super(DefaultTrainer, self).__init__()
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+
+        model = self.build_model(cfg)
+        check_num_classes(cfg, model)
+        optimizer = self.build_optimizer(cfg, model)
+        self.mapper = self.build_train_mapper(cfg)
+        data_loader = self.build_train_loader(cfg, self.mapper)
+
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        ddp_arguments = {"device_ids": None} if on_cpu else {}
+        self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(
+            create_ddp_model(model, broadcast_buffers=False, **ddp_arguments),
+            data_loader,
+            optimizer,
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = self.build_checkpointer(cfg, model)
+        self.checkpointer.add_checkpointable("trainer", weakref.proxy(self))
+        if isinstance(model, TrainingOnlyModules):
+            self.checkpointer.add_checkpointable("training_only", model.training_only)
+        if comm.is_main_process():
+            write_plain_config(cfg, model)
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    @property
+    def plain_model(self) -> nn.Module:
+        """The model without its DistributedDataParallel wrapper."""
+        return self.checkpointer.model
+
+    @classmethod
+    def build_checkpointer(cls, cfg: CfgNode, model: nn.Module) -> DetectionCheckpointer:
+        return DetectionCheckpointer(model, cfg.OUTPUT_DIR)
+
+    @classmethod
+    def build_train_mapper(cls, cfg: CfgNode) -> PlainDatasetMapper:
+        return PlainDatasetMapper(cfg, is_train=True)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode, mapper=None):
+        """As DefaultTrainer's, with the mapper of :meth:`build_train_mapper` by default."""
+        mapper = cls.build_train_mapper(cfg) if mapper is None else mapper
+        return build_detection_train_loader(cfg, mapper=mapper)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        return build_evaluator(cfg, dataset_name)
+
+
+def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+    """The evaluator of a data set by its `evaluator_type`; COCO's where it has none.
+
+    Raises:
+        ValueError: there is no evaluator for this type.
+    """
+    output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
+    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+    if evaluator_type == "coco":
+        return COCOEvaluator(dataset_name, output_dir=output_dir)
+    if evaluator_type == "lvis":
+        return LVISEvaluator(dataset_name, output_dir=output_dir)
+    if evaluator_type == "pascal_voc":
+        return PascalVOCDetectionEvaluator(dataset_name)
+    raise ValueError(
+        f"The data set {dataset_name} has evaluator_type {evaluator_type!r}, expected coco, lvis "
+        "or pascal_voc"
+    )

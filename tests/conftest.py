@@ -1,0 +1,109 @@
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+
+from labelenc import add_labelenc_config
+from plaindet import add_plaindet_config
+from plaindet.data import find_coco_folder, register_coco_format
+
+REPOSITORY = Path(__file__).parent.parent
+CLASSES = ["red", "green", "blue"]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def read_cfg():
+    """Returns a function that reads a file below configs/."""
+
+    def read(config_file):
+        cfg = get_cfg()
+        add_plaindet_config(cfg)
+        add_labelenc_config(cfg)
+        cfg.merge_from_file(str(REPOSITORY / "configs" / config_file))
+        return cfg
+
+    return read
+
+
+@pytest.fixture
+def make_cfg(tmp_path, read_cfg, tiny_data):
+    """Returns a function that reads a config for a tiny run on the CPU, on `tiny_data`."""
+
+    def make(config_file, *overrides):
+        cfg = read_cfg(config_file)
+        cfg.MODEL.DEVICE = "cpu"
+        cfg.MODEL.RETINANET.NUM_CLASSES = len(CLASSES)
+        cfg.DATASETS.COCO_FORMAT = [list(entry) for entry in tiny_data]
+        cfg.DATASETS.TRAIN = ("tiny_train",)
+        cfg.DATASETS.TEST = ("tiny_val",)
+        cfg.DATALOADER.NUM_WORKERS = 0
+        cfg.INPUT.MIN_SIZE_TRAIN = (64,)
+        cfg.INPUT.MIN_SIZE_TEST = 64
+        cfg.SOLVER.IMS_PER_BATCH = 2
+        cfg.VIS_PERIOD = 0
+        cfg.OUTPUT_DIR = str(tmp_path / "output")
+        cfg.merge_from_list(list(overrides))
+        Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True)
+        return cfg
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """The training and validation set of a COCO-format folder with a few images of rectangles,
+    registered as tiny_train and tiny_val."""
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    for split, num_images in (("train", 6), ("val", 3)):
+        write_coco_split(folder, split, num_images)
+    datasets = find_coco_folder(str(folder))
+    register_coco_format(datasets)
+    return datasets
+
+
+def write_coco_split(folder, split, num_images):
+    """Writes `folder`/annotations/`split`.json and images of coloured rectangles, one of them
+    without annotations and one with a crowd alone."""
+    random = np.random.RandomState(num_images)
+    images, annotations = [], []
+    (folder / split).mkdir(parents=True)
+    for image_id in range(1, num_images + 1):
+        picture = random.randint(0, 60, (64, 80, 3), dtype=np.uint8)
+        for _ in range(0 if image_id == 2 else 1 if image_id == 3 else 3):
+            category = random.randint(len(CLASSES))
+            x, y = random.randint(0, 48), random.randint(0, 32)
+            width, height = random.randint(12, 32, size=2)
+            picture[y : y + height, x : x + width, 2 - category] = 220
+            width, height = min(width, 80 - x), min(height, 64 - y)
+            corners = [x, y, x + width, y, x + width, y + height, x, y + height]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": 10 * (category + 1),
+                    "bbox": [float(value) for value in (x, y, width, height)],
+                    "area": float(width * height),
+                    "segmentation": [[float(value) for value in corners]],
+                    "iscrowd": int(image_id == 3),
+                }
+            )
+        name = f"{image_id}.png"
+        cv2.imwrite(str(folder / split / name), picture)
+        images.append({"id": image_id, "file_name": name, "height": 64, "width": 80})
+    content = {
+        "info": {},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 10 * (i + 1), "name": name} for i, name in enumerate(CLASSES)],
+    }
+    (folder / "annotations").mkdir(exist_ok=True)
+    (folder / "annotations" / f"{split}.json").write_text(json.dumps(content))

@@ -1,0 +1,74 @@
+import pytest
+from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer
+from detectron2.evaluation import COCOEvaluator
+from detectron2.modeling import build_model
+from detectron2.utils.env import seed_all_rng
+
+from plaindet.engine import PlainTrainer, build_evaluator, check_num_classes
+
+CONFIG = "quick/retinanet_R_18_baseline.yaml"
+
+
+@pytest.mark.parametrize("num_classes", ["2", "80"])
+def test_num_classes_of_retinanet(make_cfg, num_classes):
+    cfg = make_cfg(CONFIG, "MODEL.RETINANET.NUM_CLASSES", num_classes)
+    message = (
+        rf"MODEL.RETINANET.NUM_CLASSES is {num_classes}, but the data set tiny_train has 3 classes "
+        r"\(red, green, blue\). Set MODEL.RETINANET.NUM_CLASSES 3"
+    )
+    with pytest.raises(ValueError, match=message):
+        PlainTrainer(cfg)
+
+
+def test_num_classes_of_roi_heads(make_cfg):
+    cfg = get_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.DATASETS.TRAIN = ("tiny_train",)
+    with pytest.raises(ValueError, match=r"MODEL.ROI_HEADS.NUM_CLASSES is 80, .* Set .* 3"):
+        check_num_classes(cfg, build_model(cfg))
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    check_num_classes(cfg, build_model(cfg))
+
+
+def test_other_classes_in_validation(make_cfg):
+    MetadataCatalog.get("other_val").thing_classes = ["blue", "green", "red"]
+    cfg = make_cfg(CONFIG, "DATASETS.TEST", '("other_val",)')
+    with pytest.raises(ValueError, match=r"tiny_train has \['red'.*other_val has \['blue'"):
+        PlainTrainer(cfg)
+    MetadataCatalog.remove("other_val")
+
+
+def test_trains_like_detectron2(make_cfg):
+    """The same losses as DefaultTrainer from the same seed."""
+    losses = []
+    for trainer_class in (DefaultTrainer, PlainTrainer):
+        seed_all_rng(0)
+        cfg = make_cfg(CONFIG, "SOLVER.MAX_ITER", "2", "INPUT.RANDOM_FLIP", "none")
+        trainer = trainer_class(cfg)
+        batch = [next(iter(trainer.data_loader))[0]] * 2
+        trainer._trainer._data_loader_iter_obj = iter([batch, batch])
+        trainer.test = lambda *_: {}
+        trainer.train()
+        losses.append(trainer.storage.latest()["total_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_plain_config_is_detectron2s(make_cfg):
+    cfg = make_cfg("quick/retinanet_R_18_labelenc_step1.yaml")
+    PlainTrainer(cfg)
+    plain = get_cfg()
+    plain.merge_from_file(f"{cfg.OUTPUT_DIR}/plain_config.yaml")
+    assert plain.MODEL.META_ARCHITECTURE == "RetinaNet"
+    assert plain.MODEL.RETINANET == cfg.MODEL.RETINANET
+    assert plain.SOLVER == cfg.SOLVER
+
+
+def test_evaluator_type(make_cfg):
+    cfg = make_cfg(CONFIG)
+    assert isinstance(build_evaluator(cfg, "tiny_val"), COCOEvaluator)
+    MetadataCatalog.get("odd").evaluator_type = "cityscapes_sem_seg"
+    with pytest.raises(ValueError, match="odd has evaluator_type 'cityscapes_sem_seg', expected"):
+        build_evaluator(cfg, "odd")
+    MetadataCatalog.remove("odd")
