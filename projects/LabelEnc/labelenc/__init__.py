@@ -1,0 +1,27 @@
+"""LabelEnc: a label encoding function as auxiliary supervision of a detector's backbone."""
+
+from .config import add_labelenc_config
+from .dataset_mapper import LabelMapDatasetMapper
+from .dense import LabelEncDenseDetector, LabelEncRetinaNet
+from .detector import LabelEncDetector
+from .distance import FeatureAdapter, feature_distance
+from .label_encoder import LabelEncoder, build_label_encoder
+from .label_map import LabelMap
+from .step1_file import inherit_step1_file, save_step1_file
+from .trainer import LabelEncTrainer
+
+__all__ = [
+    "FeatureAdapter",
+    "LabelEncDenseDetector",
+    "LabelEncDetector",
+    "LabelEncRetinaNet",
+    "LabelEncTrainer",
+    "LabelEncoder",
+    "LabelMap",
+    "LabelMapDatasetMapper",
+    "add_labelenc_config",
+    "build_label_encoder",
+    "feature_distance",
+    "inherit_step1_file",
+    "save_step1_file",
+]

@@ -1,0 +1,24 @@
+from detectron2.config import CfgNode
+
+
+def add_labelenc_config(cfg: CfgNode) -> None:
+    """Adds the keys of LabelEnc, `MODEL.LABELENC.*`, to a Detectron2 config."""
+    if "LABELENC" in cfg.MODEL:
+        return
+    cfg.MODEL.LABELENC = CfgNode()
+    # 1: train the label encoding function (Eq. 9). 2: train the detector with it (Eq. 7).
+    cfg.MODEL.LABELENC.STEP = 1
+    # Step 2: the label_encoder.pth that a step-1 run writes into its OUTPUT_DIR.
+    cfg.MODEL.LABELENC.STEP1_FILE = ""
+    # What the label map is drawn from: "boxes", or "masks" (needs MODEL.MASK_ON).
+    cfg.MODEL.LABELENC.LABEL_MAP = "boxes"
+    # Step 1: lambda_1 of Eq. 9, the weight of the detection loss L2.
+    cfg.MODEL.LABELENC.LAMBDA1 = 1.0
+    # Step 1: lambda_2 of Eq. 9, the weight of the distance L3.
+    cfg.MODEL.LABELENC.LAMBDA2 = 1.0
+    # Step 2: lambda of Eq. 7, the weight of the auxiliary loss.
+    cfg.MODEL.LABELENC.LAMBDA = 1.0
+    # Step 1: the first iterations, which train without L3. They count towards SOLVER.MAX_ITER.
+    cfg.MODEL.LABELENC.WARMUP_ITERS = 30000
+    # Step 2: the last iterations, which train without the auxiliary loss.
+    cfg.MODEL.LABELENC.CUTOFF_ITERS = 10000

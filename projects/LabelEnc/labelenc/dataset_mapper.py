@@ -1,0 +1,73 @@
+"""Adds the label map of an image to what Detectron2's mapper makes of it."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import configurable
+from detectron2.structures import Instances
+
+from plaindet.data import PlainDatasetMapper
+
+from .label_map import LabelMap
+
+
+def random_ramp_scale(num_objects: int) -> torch.Tensor:
+    """Draws the augmentation of the label map, a factor for each object's ramp: 1 with probability
+    0.5, otherwise uniform in (0, 1).
+
+    Returns:
+        (N,) float32
+    """
+    return (2 * torch.rand(num_objects)).clamp(max=1)
+
+
+class LabelMapDatasetMapper(PlainDatasetMapper):
+    """Detectron2's mapper, which also adds `"label_map"`: the :class:`LabelMap` of the image after
+    all augmentations, at the image's size (not padded)."""
+
+    @configurable
+    def __init__(self, is_train: bool = True, *, use_masks: bool, augment: bool, **kwargs):
+        """
+        Args:
+            is_train: label maps are made in training only.
+            use_masks: draw masks (Sec. 4.5) and not boxes; needs `use_instance_mask`.
+            augment: scale each object's ramp at random (step 1).
+            kwargs: as for :class:`detectron2.data.DatasetMapper`.
+        """
+        super().__init__(is_train, **kwargs)
+        if use_masks and not self.use_instance_mask:
+            raise ValueError(
+                "MODEL.LABELENC.LABEL_MAP is 'masks', which needs MODEL.MASK_ON: True and a data "
+                "set with masks"
+            )
+        self.use_masks = use_masks
+        self.augment = augment
+        # In shared memory, so that `stop_label_maps` reaches forked data loader workers.
+        self._draws_label_maps = torch.ones(1, dtype=torch.bool).share_memory_()
+
+    @classmethod
+    def from_config(cls, cfg, is_train: bool = True):
+        return {
+            **super().from_config(cfg, is_train),
+            "use_masks": cfg.MODEL.LABELENC.LABEL_MAP == "masks",
+            "augment": cfg.MODEL.LABELENC.STEP == 1,
+        }
+
+    def stop_label_maps(self) -> None:
+        """No more label maps from here on, since nobody reads them."""
+        self._draws_label_maps.fill_(False)
+
+    def __call__(self, dataset_dict):
+        """As :class:`detectron2.data.DatasetMapper`, with `"label_map"`."""
+        dataset_dict = super().__call__(dataset_dict)
+        if self.is_train and "instances" in dataset_dict and self._draws_label_maps:
+            dataset_dict["label_map"] = self._label_map(dataset_dict["instances"])
+        return dataset_dict
+
+    def _label_map(self, instances: Instances) -> LabelMap:
+        scale = random_ramp_scale(len(instances)) if self.augment else None
+        arguments = (instances.gt_boxes, instances.gt_classes, instances.image_size, scale)
+        # An image without objects has no masks either.
+        if self.use_masks and instances.has("gt_masks"):
+            return LabelMap.from_masks(instances.gt_masks, *arguments)
+        return LabelMap.from_boxes(*arguments)

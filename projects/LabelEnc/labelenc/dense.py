@@ -1,0 +1,36 @@
+"""LabelEnc for Detectron2's dense detectors."""
+
+from __future__ import annotations
+
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
+
+from .detector import LabelEncDetector
+
+
+class LabelEncDenseDetector(LabelEncDetector):
+    """LabelEnc for a Detectron2 `DenseDetector`."""
+
+    _holds_loss_normalizer = False
+
+    def losses_from_features(self, images, features, gt_instances):
+        features = [features[name] for name in self.head_in_features]
+        return self.forward_training(images, features, self.head(features), gt_instances)
+
+    def reconstruction_losses(self, images, encodings, gt_instances):
+        self._holds_loss_normalizer = True
+        try:
+            return super().reconstruction_losses(images, encodings, gt_instances)
+        finally:
+            self._holds_loss_normalizer = False
+
+    def _ema_update(self, name, value, initial_value, momentum=0.9):
+        # L1 and L2 have the same targets, so they share one normaliser, which moves once.
+        if self._holds_loss_normalizer:
+            return getattr(self, name)
+        return super()._ema_update(name, value, initial_value, momentum)
+
+
+@META_ARCH_REGISTRY.register()
+class LabelEncRetinaNet(LabelEncDenseDetector, RetinaNet):
+    """RetinaNet trained with LabelEnc."""

@@ -1,0 +1,209 @@
+"""LabelEnc for a detector: its training losses in step 1 (Eq. 9) and step 2 (Eq. 7)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from detectron2.config import configurable
+from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.modeling import FPN
+from detectron2.structures import ImageList, Instances
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from plaindet.modeling import TrainingOnlyModules
+
+from .distance import FeatureAdapter, feature_distance
+from .label_encoder import build_label_encoder
+from .label_map import LabelMap
+from .pictures import feature_picture, label_map_picture
+
+
+class LabelEncDetector(TrainingOnlyModules):
+    """What LabelEnc adds to the training of a Detectron2 meta-architecture.
+
+    Put it before the meta-architecture, and say how that gets losses from features::
+
+        @META_ARCH_REGISTRY.register()
+        class LabelEncMyDetector(LabelEncDetector, MyDetector):
+            def losses_from_features(self, images, features, gt_instances):
+                ...
+
+    In inference, and in its state dict, it is the plain meta-architecture. The label encoder and
+    the feature adapter exist for training only, in `training_only`.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        label_encoder: FPN,
+        step: int,
+        lambda1: float = 1.0,
+        lambda2: float = 1.0,
+        lambda_: float = 1.0,
+        **detector,
+    ):
+        """
+        Args:
+            label_encoder: h(y; psi), see :func:`build_label_encoder`.
+            step: 1 or 2.
+            lambda1, lambda2: weights of L2 and L3 in step 1 (Eq. 9).
+            lambda_: weight of the auxiliary loss in step 2 (Eq. 7).
+            detector: the arguments of the plain meta-architecture.
+
+        Raises:
+            ValueError: an unknown step, or encodings unlike the detector's features.
+        """
+        super().__init__(**detector)
+        if step not in (1, 2):
+            raise ValueError(f"MODEL.LABELENC.STEP is {step}, expected 1 or 2")
+        if label_encoder.output_shape() != self.backbone.output_shape():
+            raise ValueError(
+                f"The label encoder's features are {label_encoder.output_shape()}, the "
+                f"detector's {self.backbone.output_shape()}: they have to be equal"
+            )
+        self.step = step
+        self.lambda1 = lambda1
+        self.distance_weight = lambda2 if step == 1 else lambda_
+        # Whether L3 counts in this iteration: set by the trainer's hook.
+        self.distance_enabled = True
+        channels = next(iter(label_encoder.output_shape().values())).channels
+        self.training_only = nn.ModuleDict(
+            {"label_encoder": label_encoder, "feature_adapter": FeatureAdapter(channels)}
+        )
+        # Step 2 takes psi* as a constant.
+        label_encoder.requires_grad_(step == 1)
+
+    @classmethod
+    def from_config(cls, cfg):
+        detector = super().from_config(cfg)
+        return {
+            **detector,
+            "label_encoder": build_label_encoder(
+                detector["backbone"], cls.num_label_classes(detector), cfg.MODEL.FPN.NORM
+            ),
+            "step": cfg.MODEL.LABELENC.STEP,
+            "lambda1": cfg.MODEL.LABELENC.LAMBDA1,
+            "lambda2": cfg.MODEL.LABELENC.LAMBDA2,
+            "lambda_": cfg.MODEL.LABELENC.LAMBDA,
+        }
+
+    @staticmethod
+    def num_label_classes(detector: dict) -> int:
+        """The number of classes of the detector, from the arguments of its constructor."""
+        return detector["num_classes"]
+
+    @property
+    def label_encoder(self) -> FPN:
+        """h(.; psi): from label maps to features like the backbone's."""
+        return self.training_only["label_encoder"]
+
+    @property
+    def feature_adapter(self) -> FeatureAdapter:
+        """A(.; phi) of Eq. 10."""
+        return self.training_only["feature_adapter"]
+
+    def train(self, mode: bool = True):
+        """As the plain detector; in step 2 the label encoder stays in eval mode, so that norms in
+        its FPN are constant too."""
+        super().train(mode)
+        if self.step == 2:
+            self.label_encoder.eval()
+        return self
+
+    def losses_from_features(
+        self, images: ImageList, features: dict[str, torch.Tensor], gt_instances: list[Instances]
+    ) -> dict[str, torch.Tensor]:
+        """L_det(d(features), y): the training losses of the plain detector on these features.
+
+        Args:
+            images: the preprocessed images, padded to one size.
+            features: as the backbone returns them.
+            gt_instances: on the device of the features.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has to define losses_from_features")
+
+    def reconstruction_losses(
+        self, images: ImageList, encodings: dict[str, torch.Tensor], gt_instances: list[Instances]
+    ) -> dict[str, torch.Tensor]:
+        """L_det(d(h(y)), y), after the detection losses of the same iteration. The plain detector's
+        losses, unless they keep a state that an iteration may change only once."""
+        return self.losses_from_features(images, encodings, gt_instances)
+
+    def forward(self, batched_inputs: list[dict]):
+        """As the plain detector. In training the inputs have a `"label_map"` too, as
+        :class:`LabelMapDatasetMapper` makes it, and the losses those of Eq. 9 or Eq. 7:
+
+        * the plain detector's, on image features (L2, or L_det in step 2)
+        * `loss_reconstruction_*`: the same on label encodings (L1, step 1)
+        * `loss_distance`: L3, or the auxiliary loss of step 2; 0 while it is switched off
+        """
+        if not self.training:
+            return super().forward(batched_inputs)
+        images = self.preprocess_image(batched_inputs)
+        gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
+        features = self.backbone(images.tensor)
+        losses = self.losses_from_features(images, features, gt_instances)
+
+        encodings = None
+        if self.step == 1:
+            label_maps = self.preprocess_label_maps(batched_inputs, images)
+            encodings = self.label_encoder(label_maps)
+            losses = {name: self.lambda1 * loss for name, loss in losses.items()}  # L2
+            reconstruction = self.reconstruction_losses(images, encodings, gt_instances)  # L1
+            for name, loss in reconstruction.items():
+                losses["loss_reconstruction_" + name.removeprefix("loss_")] = loss
+        elif self.distance_enabled:
+            label_maps = self.preprocess_label_maps(batched_inputs, images)
+            with torch.no_grad():
+                encodings = self.label_encoder(label_maps)
+
+        losses["loss_distance"] = self.distance_loss(features, encodings)  # L3
+        if encodings is not None:
+            self._visualize(batched_inputs, label_maps, features, encodings)
+        return losses
+
+    def distance_loss(
+        self, features: dict[str, torch.Tensor], encodings: dict[str, torch.Tensor] | None
+    ) -> torch.Tensor:
+        """lambda * L_dis(f(I), h(y)) of Eq. 10, or 0 while it is switched off."""
+        if not self.distance_enabled:
+            # DistributedDataParallel wants a gradient of every parameter in every iteration. The
+            # trainer's hook removes these zeros before the optimizer sees them.
+            return 0.0 * sum(parameter.sum() for parameter in self.feature_adapter.parameters())
+        adapted = [self.feature_adapter(features[name]) for name in encodings]
+        return self.distance_weight * feature_distance(adapted, list(encodings.values()))
+
+    def preprocess_label_maps(
+        self, batched_inputs: list[dict], images: ImageList
+    ) -> list[LabelMap]:
+        """Moves the label maps to the model's device and pads them to the size of the batch."""
+        num_classes = self.label_encoder.bottom_up.num_classes
+        label_maps = []
+        for inputs in batched_inputs:
+            if "label_map" not in inputs:
+                raise KeyError(
+                    f"{type(self).__name__} needs a 'label_map' in its training inputs, found only "
+                    f"{sorted(inputs)}: build the data loader with LabelMapDatasetMapper"
+                )
+            inputs["label_map"].check_classes(num_classes)
+            label_maps.append(inputs["label_map"].to(self.device).pad(images.tensor.shape[-2:]))
+        return label_maps
+
+    def _visualize(self, batched_inputs, label_maps, features, encodings) -> None:
+        """Every VIS_PERIOD iterations, the first image's label map and features to the storage."""
+        storage = get_event_storage()
+        if self.vis_period <= 0 or storage.iter % self.vis_period != 0:
+            return
+        image = batched_inputs[0]["image"]
+        rgb = convert_image_to_rgb(image.permute(1, 2, 0), self.input_format)
+        storage.put_image("label_map", label_map_picture(rgb, label_maps[0]).transpose(2, 0, 1))
+        level = list(encodings)[min(1, len(encodings) - 1)]
+        stride = self.backbone.output_shape()[level].stride
+        pictures = [
+            feature_picture(x[level][0], stride, image.shape[-2:]) for x in (features, encodings)
+        ]
+        storage.put_image(
+            f"features_{level}: image | label encoding", np.hstack(pictures).transpose(2, 0, 1)
+        )

@@ -1,0 +1,164 @@
+"""The label encoding function h(y; psi) of Eq. 5: a small residual network (Table 8) with an FPN.
+
+Shape shorthand: N images, C classes, K classes present in an image, H x W pixels (padded batch).
+"""
+
+from __future__ import annotations
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from torch import nn
+from torch.nn import functional as F
+
+from .label_map import LabelMap
+
+
+class SparseStem(nn.Conv2d):
+    """A convolution over label maps which reads only the planes that are present.
+
+    An absent class is a plane of zeros, so leaving it out changes neither the output nor a
+    gradient, and K is far below C.
+    """
+
+    def forward(self, label_maps: list[LabelMap] | torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            label_maps: N label maps of one size (H, W), or a dense (N, C, H, W) tensor.
+
+        Returns:
+            (N, out_channels, ceil(H / 2), ceil(W / 2)) for the stem of Table 8
+        """
+        if isinstance(label_maps, torch.Tensor):
+            return super().forward(label_maps)
+        return torch.cat([self._forward_present(label_map) for label_map in label_maps])
+
+    def _forward_present(self, label_map: LabelMap) -> torch.Tensor:
+        if len(label_map.classes) == 0:  # an image without objects: one plane of zeros
+            label_map = LabelMap(
+                label_map.classes.new_zeros(1),
+                label_map.values.new_zeros((1, *label_map.values.shape[1:])),
+            )
+        weight = self.weight[:, label_map.classes]
+        return self._conv_forward(label_map.values[None], weight, self.bias)
+
+
+class LabelEncoderBlock(nn.Module):
+    """A bottleneck block of the label encoding function: 1x1, 3x3 (with the stride), 1x1; ReLU
+    after the first, the second and the sum; biases, and no normalisation."""
+
+    def __init__(self, in_channels: int, bottleneck_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, bottleneck_channels, 1)
+        self.conv2 = nn.Conv2d(bottleneck_channels, bottleneck_channels, 3, stride, 1)
+        self.conv3 = nn.Conv2d(bottleneck_channels, out_channels, 1)
+        self.shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            if in_channels != out_channels
+            else nn.Identity()
+        )
+        for module in self.children():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = F.relu_(self.conv1(x))
+        out = F.relu_(self.conv2(out))
+        return F.relu_(self.conv3(out) + self.shortcut(x))
+
+
+class LabelEncoder(Backbone):
+    """The label encoding function without its FPN (Table 8): 19 convolutions in blocks 1, 2, 2, 1,
+    no batch norm, no max pooling, no ReLU after the stem.
+
+    Its outputs have the names, strides and channels of a ResNet-50's: "res2".."res5", strides
+    4..32, channels 256..2048.
+    """
+
+    def __init__(self, num_classes: int):
+        """
+        Args:
+            num_classes: C, the classes of the label map.
+        """
+        super().__init__()
+        self.num_classes = num_classes
+        self.stem = SparseStem(num_classes, 128, kernel_size=7, stride=2, padding=3)
+        self.res2 = nn.Sequential(LabelEncoderBlock(128, 64, 256, 2))
+        self.res3 = nn.Sequential(
+            LabelEncoderBlock(256, 128, 512, 2), LabelEncoderBlock(512, 128, 512, 1)
+        )
+        self.res4 = nn.Sequential(
+            LabelEncoderBlock(512, 256, 1024, 2), LabelEncoderBlock(1024, 256, 1024, 1)
+        )
+        self.res5 = nn.Sequential(LabelEncoderBlock(1024, 512, 2048, 2))
+        self._out_features = ["res2", "res3", "res4", "res5"]
+        self._out_feature_strides = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
+        self._out_feature_channels = {"res2": 256, "res3": 512, "res4": 1024, "res5": 2048}
+
+    def forward(self, label_maps: list[LabelMap] | torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            label_maps: N label maps padded to one size (H, W), or a dense (N, C, H, W) tensor.
+
+        Returns:
+            "res2".."res5": (N, channels, ceil(H / stride), ceil(W / stride))
+        """
+        x = self.stem(label_maps)
+        outputs = {}
+        for name in self._out_features:
+            x = outputs[name] = getattr(self, name)(x)
+        return outputs
+
+
+def build_label_encoder(detector_fpn: FPN, num_classes: int, norm: str = "") -> FPN:
+    """Builds h(y; psi): a :class:`LabelEncoder` under an FPN with the levels of the detector's.
+
+    Args:
+        detector_fpn: the backbone of the detector, f(I; theta_f).
+        num_classes: C.
+        norm: normalisation of the FPN's convolutions, the same as the detector's.
+
+    Returns:
+        an FPN from label maps to features of the names, strides and channels of `detector_fpn`
+
+    Raises:
+        TypeError: the backbone is no FPN, or one with extra levels of an unknown kind.
+    """
+    if not isinstance(detector_fpn, FPN):
+        raise TypeError(
+            f"LabelEnc needs a detector whose backbone is an FPN, found {type(detector_fpn)}"
+        )
+    encoder = LabelEncoder(num_classes)
+    name_of_stride = {shape.stride: name for name, shape in encoder.output_shape().items()}
+    shapes = detector_fpn.bottom_up.output_shape()
+    in_features = [name_of_stride[shapes[name].stride] for name in detector_fpn.in_features]
+    out_channels = next(iter(detector_fpn.output_shape().values())).channels
+    return FPN(
+        bottom_up=encoder,
+        in_features=in_features,
+        out_channels=out_channels,
+        norm=norm,
+        top_block=_build_top_block(detector_fpn, encoder.output_shape(), name_of_stride),
+        fuse_type=detector_fpn._fuse_type,
+    )
+
+
+def _build_top_block(detector_fpn: FPN, encoder_shapes: dict[str, ShapeSpec], name_of_stride):
+    """The extra levels of the detector's FPN, on the encoder's features."""
+    top_block = detector_fpn.top_block
+    if top_block is None:
+        return None
+    if isinstance(top_block, LastLevelMaxPool):
+        return LastLevelMaxPool()
+    if isinstance(top_block, LastLevelP6P7):
+        shapes = detector_fpn.bottom_up.output_shape()
+        in_feature, in_channels = top_block.in_feature, top_block.p6.in_channels
+        if in_feature in shapes:  # C5 and not P5
+            in_feature = name_of_stride[shapes[in_feature].stride]
+            in_channels = encoder_shapes[in_feature].channels
+        return LastLevelP6P7(in_channels, top_block.p7.out_channels, in_feature)
+    raise TypeError(
+        "LabelEnc knows FPNs with LastLevelMaxPool, LastLevelP6P7 or no extra levels, found "
+        f"{type(top_block)}"
+    )

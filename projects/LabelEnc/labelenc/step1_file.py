@@ -1,0 +1,151 @@
+"""The step-1 file, `label_encoder.pth`: what step 2 takes over from step 1 (Sec. 3.3).
+
+It holds plain tensors and a small description, and nothing of the image branch's backbone::
+
+    {
+        "version": 1,
+        "description": {"detector": "RetinaNet", "num_classes": 80, "fpn": {"p3": [256, 8], ...}},
+        "label_encoder": psi, the state dict of the encoder and its FPN,
+        "head": theta_d, the plain detector's state dict without its backbone,
+    }
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+from detectron2.utils.file_io import PathManager
+
+from .detector import LabelEncDetector
+
+FILE_NAME = "label_encoder.pth"
+VERSION = 1
+
+logger = logging.getLogger(__name__)
+
+
+def describe(model: LabelEncDetector) -> dict:
+    """What a step-1 file has to agree on with the detector that uses it: the class of the plain
+    detector, the number of classes, and the FPN's levels as {name: [channels, stride]}."""
+    shapes = model.label_encoder.output_shape()
+    return {
+        "detector": model.plain_class().__name__,
+        "num_classes": model.label_encoder.bottom_up.num_classes,
+        "fpn": {name: [shape.channels, shape.stride] for name, shape in shapes.items()},
+    }
+
+
+def save_step1_file(model: LabelEncDetector, path: str) -> None:
+    """Writes the step-1 file of a model in training to `path`; a file there is replaced at once,
+    so that it is whole whenever the run is killed."""
+    data = {
+        "version": VERSION,
+        "description": describe(model),
+        "label_encoder": model.label_encoder.state_dict(),
+        "head": _head_state_dict(model),
+    }
+    unfinished = path + ".unfinished"
+    torch.save(data, unfinished)
+    os.replace(unfinished, path)
+
+
+def inherit_step1_file(model: LabelEncDetector, path: str) -> None:
+    """Initialises step 2: the label encoder and the head from the step-1 file, and the detector's
+    FPN from the *encoder's* FPN, as the official implementation does.
+
+    Layers whose shape differs (FPN laterals on a backbone of other widths, say) keep their
+    initialisation and are named in the log.
+
+    Raises:
+        ValueError: the file is no step-1 file, or one of another detector, class count or FPN.
+    """
+    data = _load(path)
+    found, expected = data["description"], describe(model)
+    differences = [
+        f"{key} is {found.get(key)} in the file and {expected[key]} in the config"
+        for key in expected
+        if found.get(key) != expected[key]
+    ]
+    if differences:
+        raise ValueError(f"The step-1 file {path} does not fit: " + "; ".join(differences))
+
+    encoder_fpn = {
+        f"backbone.{key}": value
+        for key, value in data["label_encoder"].items()
+        if not key.startswith("bottom_up.")
+    }
+    _check_keys("label encoder", model.label_encoder.state_dict(), data["label_encoder"], path)
+    _check_keys("head", _head_state_dict(model), data["head"], path)
+    model.label_encoder.load_state_dict(data["label_encoder"])
+    _load_matching_layers(model, {**encoder_fpn, **data["head"]}, path)
+
+
+def _head_state_dict(model: LabelEncDetector) -> dict[str, torch.Tensor]:
+    state = model.state_dict()
+    return {key: value for key, value in state.items() if not key.startswith("backbone.")}
+
+
+def _load(path: str) -> dict:
+    if not path:
+        raise ValueError(
+            "MODEL.LABELENC.STEP1_FILE is empty: step 2 needs the label_encoder.pth that a step-1 "
+            "run writes into its OUTPUT_DIR"
+        )
+    local_path = PathManager.get_local_path(path)
+    if not os.path.isfile(local_path):
+        raise FileNotFoundError(
+            f"MODEL.LABELENC.STEP1_FILE: {path} does not exist. Expected the label_encoder.pth "
+            "that a step-1 run writes into its OUTPUT_DIR"
+        )
+    try:
+        data = torch.load(local_path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} is no step-1 file: {error}") from error
+    keys = {"version", "description", "label_encoder", "head"}
+    if not isinstance(data, dict) or not keys <= data.keys():
+        content = sorted(data) if isinstance(data, dict) else type(data).__name__
+        raise ValueError(
+            f"{path} is no step-1 file: found {content}, expected {sorted(keys)}. Step 1 writes it "
+            f"as {FILE_NAME}"
+        )
+    if data["version"] != VERSION:
+        raise ValueError(
+            f"The step-1 file {path} has version {data['version']}, expected version {VERSION}"
+        )
+    return data
+
+
+def _check_keys(name: str, expected: dict, found: dict, path: str) -> None:
+    if expected.keys() != found.keys():
+        raise ValueError(
+            f"The step-1 file {path} has another {name}: only in the config "
+            f"{sorted(expected.keys() - found.keys())}, only in the file "
+            f"{sorted(found.keys() - expected.keys())}"
+        )
+
+
+def _load_matching_layers(
+    model: LabelEncDetector, source: dict[str, torch.Tensor], path: str
+) -> None:
+    """Loads every layer of `source` whose tensors all have the shapes of the model's."""
+    target = model.state_dict()
+    differing = {
+        _layer(key): (tuple(value.shape), tuple(target[key].shape))
+        for key, value in source.items()
+        if value.shape != target[key].shape
+    }
+    for layer, (found, expected) in differing.items():
+        logger.warning(
+            f"{layer} keeps its initialisation: its shape is {found} in {path} and {expected} in "
+            "this detector"
+        )
+    inherited = {key: value for key, value in source.items() if _layer(key) not in differing}
+    model.load_state_dict(inherited, strict=False)
+    logger.info(f"Inherited {len(inherited)} tensors of the head and the FPN from {path}")
+
+
+def _layer(key: str) -> str:
+    """The convolution that a tensor belongs to, together with the norm inside it."""
+    return key.rpartition(".")[0].removesuffix(".norm")

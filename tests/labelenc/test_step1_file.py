@@ -1,0 +1,113 @@
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from labelenc import inherit_step1_file, save_step1_file
+
+STEP1 = "quick/retinanet_R_18_labelenc_step1.yaml"
+STEP2 = "quick/retinanet_R_18_labelenc_step2.yaml"
+
+
+@pytest.fixture
+def step1_file(make_cfg, tmp_path):
+    path = str(tmp_path / "label_encoder.pth")
+    save_step1_file(build_model(make_cfg(STEP1)), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("MODEL.RETINANET.NUM_CLASSES", "80"),
+            "num_classes is 3 in the file and 80 in the config",
+        ),
+        (
+            ("MODEL.FPN.OUT_CHANNELS", "32"),
+            r"fpn is {'p3': \[64, 8\].* in the file and {'p3': \[32, 8\].* in the config",
+        ),
+        (
+            ("MODEL.RETINANET.NUM_CONVS", "3"),
+            r"another head: only in the config \['head.bbox_subnet.6.bias'.* in the file \[\]",
+        ),
+        (
+            ("MODEL.FPN.NORM", ""),
+            r"another label encoder: only in the config \['fpn_lateral3.bias'.*, only in the file "
+            r"\['fpn_lateral3.norm.bias'",
+        ),
+    ],
+)
+def test_refuses_a_file_that_does_not_fit(make_cfg, step1_file, overrides, message):
+    model = build_model(make_cfg(STEP2, *overrides))
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=message) as error:
+        inherit_step1_file(model, step1_file)
+    assert step1_file in str(error.value)
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters()))
+
+
+def edited(path, **changes):
+    data = torch.load(path, weights_only=True)
+    for key, value in changes.items():
+        data[key] = value
+    torch.save({key: value for key, value in data.items() if value is not None}, path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 7}, "has version 7, expected version 1"),
+        (
+            {"description": {"detector": "FCOS", "num_classes": 3, "fpn": {}}},
+            "detector is FCOS in the file and RetinaNet in the config; fpn is {} in the file",
+        ),
+        (
+            {"label_encoder": None},
+            r"no step-1 file: found \['description', 'head', 'version'\], expected "
+            r"\['description', 'head', 'label_encoder', 'version'\]",
+        ),
+    ],
+)
+def test_refuses_an_edited_file(make_cfg, step1_file, changes, message):
+    edited(step1_file, **changes)
+    with pytest.raises(ValueError, match=message):
+        inherit_step1_file(build_model(make_cfg(STEP2)), step1_file)
+
+
+def test_refuses_other_files(make_cfg, tmp_path):
+    model = build_model(make_cfg(STEP2))
+    with pytest.raises(ValueError, match="MODEL.LABELENC.STEP1_FILE is empty"):
+        inherit_step1_file(model, "")
+    with pytest.raises(FileNotFoundError, match="STEP1_FILE: .*nothing.pth does not exist"):
+        inherit_step1_file(model, str(tmp_path / "nothing.pth"))
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(ValueError, match=r"text.pth is no step-1 file"):
+        inherit_step1_file(model, str(tmp_path / "text.pth"))
+    # A checkpoint of the run is easily taken for the step-1 file.
+    torch.save({"model": model.state_dict(), "iteration": 1}, tmp_path / "model_final.pth")
+    with pytest.raises(ValueError, match=r"found \['iteration', 'model'\]"):
+        inherit_step1_file(model, str(tmp_path / "model_final.pth"))
+
+
+def test_does_not_run_code_of_the_file(make_cfg, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    torch.save({"label_encoder": Payload()}, tmp_path / "label_encoder.pth")
+    with pytest.raises(ValueError, match="is no step-1 file"):
+        inherit_step1_file(build_model(make_cfg(STEP2)), str(tmp_path / "label_encoder.pth"))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_other_backbone(make_cfg, step1_file, caplog):
+    """An encoder learned with one backbone serves another (Table 3)."""
+    cfg = make_cfg(STEP2, "MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.RES2_OUT_CHANNELS", "256")
+    model = build_model(cfg)
+    inherit_step1_file(model, step1_file)
+    # ResNet-50 has the encoder's widths, so that the whole FPN fits.
+    encoder = model.label_encoder.state_dict()
+    for key, value in model.backbone.state_dict().items():
+        if not key.startswith("bottom_up."):
+            assert torch.equal(value, encoder[key]), key
+    assert "keeps its initialisation" not in caplog.text

@@ -1,0 +1,323 @@
+import os
+import shutil
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.data import build_detection_test_loader
+from detectron2.engine import DefaultPredictor, HookBase, launch
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.analysis import find_unused_parameters
+from detectron2.utils.events import EventStorage
+
+from labelenc import LabelEncTrainer
+from plaindet.data import register_coco_format
+
+STEP1 = "quick/retinanet_R_18_labelenc_step1.yaml"
+STEP2 = "quick/retinanet_R_18_labelenc_step2.yaml"
+
+
+def clone(state):
+    return {key: value.clone() for key, value in state.items()}
+
+
+def equal(first, second):
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[key], second[key]) for key in first)
+
+
+class Recorder(HookBase):
+    """Keeps the adapter's weights, the losses and the calls of the encoder of every iteration."""
+
+    def __init__(self, model):
+        self.model = model
+        self.calls = 0
+        self.adapters, self.losses, self.encoder_calls = [clone(self.adapter())], [], []
+        model.label_encoder.register_forward_hook(self.count)
+
+    def adapter(self):
+        return self.model.feature_adapter.state_dict()
+
+    def count(self, *_):
+        self.calls += 1
+
+    def after_step(self):
+        self.adapters.append(clone(self.adapter()))
+        self.losses.append({k: v[0] for k, v in self.trainer.storage.latest().items()})
+        self.encoder_calls.append(self.calls)
+        self.calls = 0
+
+
+def train(cfg, resume=False):
+    trainer = LabelEncTrainer(cfg)
+    trainer.resume_or_load(resume)
+    recorder = Recorder(trainer.plain_model)
+    trainer.register_hooks([recorder])
+    trainer.train()
+    return trainer, recorder
+
+
+@pytest.fixture(scope="module")
+def step1_run(tmp_path_factory):
+    return {"folder": tmp_path_factory.mktemp("step1")}
+
+
+@pytest.fixture
+def step1(make_cfg, step1_run):
+    """A finished step-1 run of 4 iterations, 2 of them without L3, a checkpoint every 2."""
+    if "cfg" not in step1_run:
+        cfg = make_cfg(
+            STEP1,
+            *("SOLVER.MAX_ITER", "4", "SOLVER.CHECKPOINT_PERIOD", "2"),
+            *("MODEL.LABELENC.WARMUP_ITERS", "2", "VIS_PERIOD", "2"),
+            *("OUTPUT_DIR", str(step1_run["folder"])),
+        )
+        step1_run["cfg"] = cfg
+        step1_run["trainer"], step1_run["recorder"] = train(cfg)
+    return step1_run
+
+
+@pytest.fixture
+def step2_cfg(make_cfg, step1):
+    return make_cfg(
+        STEP2,
+        *("SOLVER.MAX_ITER", "4", "SOLVER.CHECKPOINT_PERIOD", "2"),
+        *("MODEL.LABELENC.CUTOFF_ITERS", "2"),
+        *("MODEL.LABELENC.STEP1_FILE", str(step1["folder"] / "label_encoder.pth")),
+    )
+
+
+def test_step1_warmup(step1):
+    """No L3 in the warm-up: the adapter does not move by a bit, decay and momentum included."""
+    adapters = step1["recorder"].adapters
+    assert equal(adapters[0], adapters[1])
+    assert equal(adapters[0], adapters[2])
+    assert not equal(adapters[2], adapters[3])
+    distances = [losses["loss_distance"] for losses in step1["recorder"].losses]
+    assert distances[:2] == [0, 0]
+    assert all(0 < distance <= 4 for distance in distances[2:])
+
+
+def test_step1_reconstruction_from_the_start(step1):
+    for losses in step1["recorder"].losses:
+        assert losses["loss_reconstruction_cls"] > 0
+        assert losses["loss_reconstruction_box_reg"] > 0
+
+
+def test_step1_file(step1):
+    folder = step1["folder"]
+    saved = torch.load(folder / "label_encoder.pth", weights_only=True)
+    model = step1["trainer"].plain_model
+    assert equal(saved["label_encoder"], model.label_encoder.state_dict())
+    assert equal(saved["head"], {f"head.{k}": v for k, v in model.head.state_dict().items()})
+    assert saved["description"] == {
+        "detector": "RetinaNet",
+        "num_classes": 3,
+        "fpn": {f"p{level}": [64, 2**level] for level in range(3, 8)},
+    }
+
+
+class Interruption(HookBase):
+    def after_step(self):
+        raise KeyboardInterrupt
+
+
+def test_interrupted_step1_leaves_a_step1_file(make_cfg, step2_cfg):
+    trainer = LabelEncTrainer(make_cfg(STEP1, "SOLVER.CHECKPOINT_PERIOD", "1"))
+    trainer.register_hooks([Interruption()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    step2_cfg.MODEL.LABELENC.STEP1_FILE = os.path.join(trainer.cfg.OUTPUT_DIR, "label_encoder.pth")
+    LabelEncTrainer(step2_cfg).resume_or_load(resume=False)
+
+
+def test_pictures_in_the_event_storage(make_cfg):
+    trainer = LabelEncTrainer(make_cfg(STEP1, "VIS_PERIOD", "1"))
+    batch = next(iter(trainer.data_loader))
+    with EventStorage() as storage:
+        trainer.model(batch)
+    pictures = {name: picture.shape for name, picture, _ in storage._vis_data}
+    height, width = batch[0]["image"].shape[1:]
+    assert pictures == {
+        "label_map": (3, height, width),
+        "features_p4: image | label encoding": (3, height, 2 * width),
+    }
+
+
+def test_step2_inherits_head_and_encoder_fpn(step2_cfg, step1, caplog):
+    trainer = LabelEncTrainer(step2_cfg)
+    before = clone(trainer.plain_model.state_dict())
+    trainer.resume_or_load(resume=False)
+    model, source = trainer.plain_model, step1["trainer"].plain_model
+    assert equal(model.label_encoder.state_dict(), source.label_encoder.state_dict())
+    assert equal(model.head.state_dict(), source.head.state_dict())
+
+    after, encoder_fpn = model.state_dict(), source.label_encoder.state_dict()
+    # ResNet-18 has other widths than the encoder, so what reads its features cannot be inherited.
+    kept = ("fpn_lateral3", "fpn_lateral4", "fpn_lateral5", "top_block.p6")
+    for key in (key for key in after if key.startswith("backbone.")):
+        name = key.removeprefix("backbone.")
+        inherited = not name.startswith(("bottom_up.", *kept))
+        assert torch.equal(after[key], encoder_fpn[name] if inherited else before[key]), key
+    for layer in kept:
+        assert f"backbone.{layer} keeps its initialisation" in caplog.text
+
+
+def test_step2_phases(step2_cfg, step1):
+    trainer, recorder = train(step2_cfg)
+    assert recorder.encoder_calls == [1, 1, 0, 0]
+    assert [losses["loss_distance"] > 0 for losses in recorder.losses] == [True, True, False, False]
+    assert all("loss_reconstruction_cls" not in losses for losses in recorder.losses)
+    # The adapter learns until the cut-off and then stays; the encoder is frozen.
+    assert not equal(recorder.adapters[0], recorder.adapters[2])
+    assert equal(recorder.adapters[2], recorder.adapters[4])
+    encoder = step1["trainer"].plain_model.label_encoder
+    assert equal(trainer.plain_model.label_encoder.state_dict(), encoder.state_dict())
+    # No label map is drawn any more.
+    dataset_dict = {"file_name": step2_cfg.DATASETS.COCO_FORMAT[0][2] + "/1.png", "annotations": []}
+    assert "label_map" not in trainer.mapper(dataset_dict)
+
+
+def test_step2_cut_off_reaches_forked_workers(step2_cfg):
+    step2_cfg.DATALOADER.NUM_WORKERS = 1
+    trainer = LabelEncTrainer(step2_cfg)
+    batches = iter(trainer.data_loader)
+    assert "label_map" in next(batches)[0]
+    trainer.mapper.stop_label_maps()
+    prefetched = 4  # batches that the worker may have had ready
+    assert any("label_map" not in next(batches)[0] for _ in range(prefetched))
+
+
+def test_step2_after_cut_off_is_plain(step2_cfg, make_cfg):
+    """Losses and gradients of the plain detector, from inputs without label maps."""
+    trainer = LabelEncTrainer(step2_cfg)
+    model = trainer.plain_model
+    model.distance_enabled = False
+    plain = build_model(make_cfg("quick/retinanet_R_18_baseline.yaml")).train()
+    plain.load_state_dict(model.state_dict())
+    trainer.mapper.stop_label_maps()
+    batch = next(iter(trainer.data_loader))
+    losses = []
+    for detector in (plain, model):
+        with EventStorage():
+            losses.append(detector(batch))
+        sum(losses[-1].values()).backward()
+    assert losses[1].pop("loss_distance") == 0
+    assert equal(*losses)
+    for (name, parameter), expected in zip(model.named_parameters(), plain.parameters()):
+        assert torch.equal(parameter.grad, expected.grad), name
+
+
+@pytest.mark.parametrize("config_file", [STEP1, STEP2])
+@pytest.mark.parametrize("distance_enabled", [True, False])
+def test_no_unused_parameters(make_cfg, config_file, distance_enabled):
+    trainer = LabelEncTrainer(make_cfg(config_file))
+    trainer.plain_model.distance_enabled = distance_enabled
+    with EventStorage():
+        unused = find_unused_parameters(trainer.model, next(iter(trainer.data_loader)))
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert not trained & set(unused)
+
+
+def test_loss_normalizer_moves_once(make_cfg):
+    trainer = LabelEncTrainer(make_cfg(STEP1))
+    model = trainer.plain_model
+    batch = next(iter(trainer.data_loader))
+    with EventStorage() as storage:
+        model(batch)
+        positives = storage.latest()["num_pos_anchors"][0] * len(batch)
+    assert model.loss_normalizer == pytest.approx(0.9 * 100 + 0.1 * positives)
+
+
+def plain_keys(make_cfg):
+    return build_model(make_cfg("quick/retinanet_R_18_baseline.yaml")).state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["model_0000001.pth", "model_final.pth"])
+def test_checkpoint_is_the_plain_detector(step1, make_cfg, name):
+    checkpoint = torch.load(step1["folder"] / name, weights_only=False)
+    assert checkpoint["model"].keys() == plain_keys(make_cfg)
+    assert checkpoint.keys() == {"model", "trainer", "training_only", "iteration"}
+    plain = build_model(make_cfg("quick/retinanet_R_18_baseline.yaml"))
+    plain.load_state_dict(checkpoint["model"], strict=True)
+
+
+@pytest.mark.parametrize("name", ["model_0000001.pth", "model_final.pth"])
+def test_unmodified_detectron2_detects_the_same(step1, name):
+    """With a config that has only Detectron2's keys, bit for bit."""
+    cfg = get_cfg()
+    cfg.merge_from_file(str(step1["folder"] / "plain_config.yaml"))
+    assert cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
+    cfg.MODEL.WEIGHTS = str(step1["folder"] / name)
+    predictor = DefaultPredictor(cfg)
+
+    model = build_model(step1["cfg"]).eval()
+    model.test_score_thresh = 0.0
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    for inputs in build_detection_test_loader(step1["cfg"], "tiny_val"):
+        with torch.no_grad():
+            ours = model(inputs)[0]["instances"]
+            plain = predictor.model(inputs)[0]["instances"]
+        assert len(plain) > 0
+        assert torch.equal(ours.pred_boxes.tensor, plain.pred_boxes.tensor)
+        assert torch.equal(ours.scores, plain.scores)
+        assert torch.equal(ours.pred_classes, plain.pred_classes)
+
+
+def test_resume_needs_no_step1_file(step2_cfg, step1, tmp_path):
+    """A step-2 checkpoint has all it needs to go on."""
+    step1_file = tmp_path / "label_encoder.pth"
+    shutil.copy(step1["folder"] / "label_encoder.pth", step1_file)
+    step2_cfg.MODEL.LABELENC.STEP1_FILE = str(step1_file)
+    first, _ = train(step2_cfg)
+    step1_file.unlink()
+    step2_cfg.SOLVER.MAX_ITER = 6
+    step2_cfg.MODEL.LABELENC.CUTOFF_ITERS = 0
+    resumed = LabelEncTrainer(step2_cfg)
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 4
+    assert equal(resumed.plain_model.state_dict(), first.plain_model.state_dict())
+    training_only = resumed.plain_model.training_only.state_dict()
+    assert equal(training_only, first.plain_model.training_only.state_dict())
+    resumed.train()
+    assert resumed.iter == 6
+
+
+def test_reference_world_size_scales_the_phases(make_cfg):
+    cfg = make_cfg(
+        "LabelEnc/retinanet_R_50_FPN_step1.yaml",
+        *("SOLVER.REFERENCE_WORLD_SIZE", "8", "SOLVER.IMS_PER_BATCH", "16"),
+    )
+    cfg.freeze()
+    scaled = LabelEncTrainer.auto_scale_workers(cfg, 4)
+    assert scaled.SOLVER.MAX_ITER == 240000
+    assert scaled.MODEL.LABELENC.WARMUP_ITERS == 60000
+    assert scaled.MODEL.LABELENC.CUTOFF_ITERS == 20000
+    assert scaled.is_frozen()
+    assert LabelEncTrainer.auto_scale_workers(cfg, 8).MODEL.LABELENC.WARMUP_ITERS == 30000
+
+
+def train_distributed(cfg):
+    torch.set_num_threads(1)
+    register_coco_format(cfg.DATASETS.COCO_FORMAT)
+    trainer, recorder = train(cfg)
+    for parameter in trainer.plain_model.parameters():
+        # The same on both, although they trained on different images.
+        assert torch.equal(*comm.all_gather(parameter.detach()))
+    if comm.is_main_process():
+        distances = [losses["loss_distance"] for losses in recorder.losses]
+        torch.save(distances, os.path.join(cfg.OUTPUT_DIR, "distances.pth"))
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_two_processes(step, make_cfg, step2_cfg):
+    """DistributedDataParallel with Detectron2's settings, through every phase."""
+    warmup = ("SOLVER.MAX_ITER", "4", "MODEL.LABELENC.WARMUP_ITERS", "2")
+    cfg = make_cfg(STEP1, *warmup) if step == 1 else step2_cfg
+    launch(train_distributed, num_gpus_per_machine=2, dist_url="auto", args=(cfg,))
+    distances = torch.load(os.path.join(cfg.OUTPUT_DIR, "distances.pth"))
+    on = [distance > 0 for distance in distances]
+    assert on == ([False, False, True, True] if step == 1 else [True, True, False, False])
