@@ -1,0 +1,133 @@
+"""The command line, from a config to an evaluated detector."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.engine import default_argument_parser
+from detectron2.modeling import META_ARCH_REGISTRY
+
+import train_net
+from labelenc import LabelEncTrainer
+from plaindet.engine import PlainTrainer
+
+REPOSITORY = Path(train_net.__file__).parent
+CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+
+
+def run(config, tiny_data, output, *more):
+    """Runs train_net.main on a few small images."""
+    options = {
+        "DATASETS.COCO_FORMAT": str([list(entry) for entry in tiny_data]),
+        "DATASETS.TRAIN": "('tiny_train',)",
+        "DATASETS.TEST": "('tiny_val',)",
+        "DATALOADER.NUM_WORKERS": "0",
+        "MODEL.RETINANET.NUM_CLASSES": "3",
+        "INPUT.MIN_SIZE_TRAIN": "(64,)",
+        "SOLVER.IMS_PER_BATCH": "2",
+        "SOLVER.MAX_ITER": "2",
+        "MODEL.LABELENC.WARMUP_ITERS": "1",
+        "MODEL.LABELENC.CUTOFF_ITERS": "1",
+        "OUTPUT_DIR": str(output),
+    }
+    flags = [argument for argument in more if argument.startswith("--")]
+    overrides = [argument for argument in more if not argument.startswith("--")]
+    arguments = ["--config-file", str(REPOSITORY / "configs" / "quick" / config), *flags]
+    arguments += [item for pair in options.items() for item in pair] + overrides
+    return train_net.main(default_argument_parser().parse_args(arguments))
+
+
+def test_both_steps_and_evaluation(tiny_data, tmp_path):
+    step1, step2 = tmp_path / "step1", tmp_path / "step2"
+    run("retinanet_R_18_labelenc_step1.yaml", tiny_data, step1)
+    step1_file = ("MODEL.LABELENC.STEP1_FILE", str(step1 / "label_encoder.pth"))
+    run("retinanet_R_18_labelenc_step2.yaml", tiny_data, step2, *step1_file)
+    weights = ("MODEL.WEIGHTS", str(step2 / "model_final.pth"))
+    # The step-2 config evaluates without the step-1 file, and the baseline's config evaluates too.
+    results = [
+        run(config, tiny_data, tmp_path / "eval", "--eval-only", *weights)
+        for config in ("retinanet_R_18_labelenc_step2.yaml", "retinanet_R_18_baseline.yaml")
+    ]
+    assert "AP" in results[0]["bbox"]
+    assert str(results[0]) == str(results[1])  # NaN equals NaN here
+
+
+def test_resume(tiny_data, tmp_path):
+    config = "retinanet_R_18_labelenc_step1.yaml"
+    run(config, tiny_data, tmp_path)
+    run(config, tiny_data, tmp_path, "--resume", "SOLVER.MAX_ITER", "3")
+    checkpoint = torch.load(tmp_path / "model_final.pth", weights_only=False)
+    assert checkpoint["iteration"] == 2
+    assert "Starting training from iteration 2" in (tmp_path / "log.txt").read_text()
+
+
+def test_num_classes_in_evaluation(tiny_data, tmp_path):
+    with pytest.raises(ValueError, match="NUM_CLASSES is 5, but the data set tiny_val has 3"):
+        run(
+            "retinanet_R_18_baseline.yaml",
+            tiny_data,
+            tmp_path,
+            *("--eval-only", "MODEL.RETINANET.NUM_CLASSES", "5", "DATASETS.TRAIN", "()"),
+        )
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_config_builds(config, read_cfg):
+    cfg = read_cfg(config.relative_to(REPOSITORY / "configs"))
+    cfg.MODEL.DEVICE = "cpu"
+    trainer_class = train_net.trainer_class(cfg)
+    is_labelenc = cfg.MODEL.META_ARCHITECTURE.startswith("LabelEnc")
+    assert trainer_class is (LabelEncTrainer if is_labelenc else PlainTrainer)
+    model = trainer_class.build_model(cfg)
+    assert type(model) is META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+
+
+@pytest.mark.parametrize(
+    ("config", "steps", "max_iter", "phases"),
+    [
+        ("PlainDet/retinanet_R_50_FPN_1x.yaml", (60000, 80000), 90000, None),
+        ("PlainDet/retinanet_R_50_FPN_2x.yaml", (120000, 160000), 180000, None),
+        (
+            "LabelEnc/retinanet_R_50_FPN_step1.yaml",
+            (90000, 110000),
+            120000,
+            ("WARMUP_ITERS", 30000),
+        ),
+        ("LabelEnc/retinanet_R_50_FPN_step2.yaml", (60000, 80000), 90000, (30000, 10000)),
+    ],
+)
+def test_schedules_of_the_paper(read_cfg, config, steps, max_iter, phases):
+    """Sec. 4.1."""
+    cfg = read_cfg(config)
+    assert (steps, max_iter) == (cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER)
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (16, 0.01)
+    assert cfg.INPUT.MIN_SIZE_TRAIN == (800,)
+    if phases is not None:
+        assert phases == (cfg.MODEL.LABELENC.WARMUP_ITERS, cfg.MODEL.LABELENC.CUTOFF_ITERS)
+
+
+def test_import_changes_nothing():
+    """Importing the packages registers their parts and leaves Detectron2's defaults alone; the
+    config functions may be called in any order and twice."""
+    code = """
+from detectron2.config import get_cfg
+before = get_cfg().dump()
+import labelenc, plaindet
+assert get_cfg().dump() == before
+dumps = []
+for order in ([0, 1], [1, 0, 1, 0]):
+    cfg = get_cfg()
+    for i in order:
+        (plaindet.add_plaindet_config, labelenc.add_labelenc_config)[i](cfg)
+    dumps.append(cfg.dump())
+assert dumps[0] == dumps[1] != before
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_missing_detectron2(tmp_path):
+    code = "import sys; sys.modules['detectron2'] = None; import plaindet"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "extends Detectron2, which is not installed in this environment" in result.stderr

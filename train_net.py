@@ -1,0 +1,68 @@
+#!/usr/bin/env python
+"""Trains and evaluates a detector from a config: plain, with LabelEnc, or with CrossKD.
+
+python train_net.py --config-file configs/... [--num-gpus N] [--resume] [KEY VALUE ...]
+"""
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.evaluation import verify_results
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils import comm
+
+from labelenc import LabelEncDetector, LabelEncTrainer, add_labelenc_config
+from plaindet import add_plaindet_config
+from plaindet.data import register_coco_format
+from plaindet.engine import PlainTrainer, check_num_classes
+
+
+def setup(args) -> CfgNode:
+    """The config of the command line, with its data sets registered."""
+    cfg = get_cfg()
+    add_plaindet_config(cfg)
+    add_labelenc_config(cfg)
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    cfg.freeze()
+    register_coco_format(cfg.DATASETS.COCO_FORMAT)
+    default_setup(cfg, args)
+    return cfg
+
+
+def trainer_class(cfg: CfgNode) -> type[PlainTrainer]:
+    """The trainer of the config's meta-architecture."""
+    meta_architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    if issubclass(meta_architecture, LabelEncDetector):
+        return LabelEncTrainer
+    return PlainTrainer
+
+
+def main(args):
+    cfg = setup(args)
+    Trainer = trainer_class(cfg)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        check_num_classes(cfg, model)
+        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+            cfg.MODEL.WEIGHTS, resume=args.resume
+        )
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    args = default_argument_parser().parse_args()
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
