@@ -9,7 +9,7 @@ from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultPredictor, HookBase, launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from detectron2.utils.analysis import find_unused_parameters
+from detectron2.utils.analysis import FlopCountAnalysis, find_unused_parameters
 from detectron2.utils.events import EventStorage
 
 from labelenc import LabelEncTrainer
@@ -265,6 +265,18 @@ def test_unmodified_detectron2_detects_the_same(step1, name):
         assert torch.equal(ours.pred_boxes.tensor, plain.pred_boxes.tensor)
         assert torch.equal(ours.scores, plain.scores)
         assert torch.equal(ours.pred_classes, plain.pred_classes)
+
+
+def test_inference_costs_what_plain_costs(step1):
+    cfg = get_cfg()
+    cfg.merge_from_file(str(step1["folder"] / "plain_config.yaml"))
+    inputs = [{"image": torch.rand(3, 64, 80) * 255}]
+    plain, ours = (build_model(c).eval() for c in (cfg, step1["cfg"]))
+    flops = [FlopCountAnalysis(model, (inputs,)).by_operator() for model in (plain, ours)]
+    assert flops[0]["conv"] > 0
+    assert flops[0] == flops[1]
+    sizes = [sum(value.numel() for value in m.state_dict().values()) for m in (plain, ours)]
+    assert sizes[0] == sizes[1]
 
 
 def test_resume_needs_no_step1_file(step2_cfg, step1, tmp_path):
