@@ -27,8 +27,8 @@ from plaindet.data import shapes
 
 # Of the annotations of image 17 of shapes_train, and of its pixels. Whoever changes the drawing
 # on purpose changes the set, and with it every number that was measured on it.
-ANNOTATIONS_SHA256 = "888fdff548181404065735ba42dd61f845f8119bd7a1d3558054b5f5b5f28d7c"
-IMAGE_SHA256 = "26db06d04208c2dd86571a53ee43463d11ec46bc5bc89bde64908f46f334d118"
+ANNOTATIONS_SHA256 = "7ab664823a7f210681203e44d4cc5305c1b5df3ccb33b883e769a19d7316492e"
+IMAGE_SHA256 = "c650c66a2526ff5c4a5ab8f2a77e5152390042962921890721c8cbb7ee59a67a"
 
 
 _PRINT_DIGESTS = """
@@ -116,20 +116,20 @@ def test_boxes_and_rle_are_exactly_those_of_the_drawn_masks(val_dicts):
             assert annotation["iscrowd"] == 0
 
 
-def test_every_class_occurs_about_equally_often_and_images_hold_one_to_seven(val_dicts):
+def test_every_class_occurs_about_equally_often_and_images_hold_several_objects(val_dicts):
     annotations = [a for r in val_dicts for a in r["annotations"]]
     counts = Counter(a["category_id"] for a in annotations)
     assert sorted(counts) == list(range(len(shapes.SHAPES_CLASSES)))
     assert min(counts.values()) > 0.5 * len(annotations) / len(counts)
-    assert {len(r["annotations"]) for r in val_dicts} == set(range(1, 8))
+    assert {len(r["annotations"]) for r in val_dicts} >= set(range(1, 10))
 
 
 def test_objects_have_the_promised_sizes(val_dicts):
     boxes = np.array([a["bbox"] for r in val_dicts for a in r["annotations"]])
     longest = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
-    assert 70 < longest.max() <= 92
-    assert longest.min() < 14
-    assert np.median(longest) < (12 + 90) / 2
+    assert 60 < longest.max() <= 72
+    assert longest.min() < 20
+    assert np.median(longest) < (20 + 70) / 2
 
 
 def test_what_is_seen_of_an_object_is_enough_and_the_rest_is_not_there(monkeypatch):
@@ -192,7 +192,7 @@ def test_objects_differ_from_what_surrounds_them():
             inside, outside = image[box][mask[box]], image[box][~mask[box]]
             contrasts.append(np.abs(inside.mean(axis=0) - outside.mean(axis=0)).max())
     assert np.percentile(contrasts, 5) > 10
-    assert np.mean(np.array(contrasts) < 60) > 0.1  # and a part of them only a little
+    assert np.mean(np.array(contrasts) < 60) > 0.05  # and a part of them only a little
 
 
 @pytest.mark.parametrize("index", [0, 199])

@@ -27,8 +27,8 @@ __all__ = ["IMAGE_SIZE", "SHAPES_CLASSES", "SHAPES_SPLITS", "draw_shapes", "regi
 IMAGE_SIZE = 160  # pixels, height and width
 SHAPES_SPLITS = {"train": 2000, "val": 200}  # split -> number of images
 
-MAX_OBJECTS = 7
-MIN_DIAMETER, MAX_DIAMETER = 12, 90  # pixels, of the circle around an object
+MAX_OBJECTS = 14
+MIN_DIAMETER, MAX_DIAMETER = 20, 70  # pixels, of the circle around an object
 # An object of which less than this would be seen is not in the image at all: a shape that is
 # visible but has no annotation would be wrong ground truth.
 MIN_VISIBLE_FRACTION = 0.4
@@ -36,10 +36,24 @@ MIN_VISIBLE_PIXELS = 40
 
 MAX_TILT = 0.07  # turns, to both sides of upright
 
-# Distance of a colour to what surrounds it, of 255: mostly clear, so that a small detector learns
-# within minutes; low for one in five, so that there is something left to learn.
+# As with real things, most objects of a class have a similar colour, so that a small detector
+# learns within minutes; the others have any colour, so that the shape has to be learned too.
+_CLASS_COLORS = {
+    "disc": (205, 65, 55),
+    "ring": (60, 100, 210),
+    "triangle": (225, 200, 60),
+    "square": (60, 160, 80),
+    "star": (230, 130, 40),
+    "cross": (150, 70, 180),
+    "arrow": (60, 190, 200),
+    "half_disc": (200, 90, 140),
+}
+_TYPICAL_COLOR = 0.9  # share of the objects with the colour of their class
+_CLASS_COLOR_SPREAD = 35
+
+# Distance of a colour to what surrounds it, of 255: clear for most, low for one in five.
 _CLEAR_CONTRAST, _LOW_CONTRAST = (50, 128), (20, 60)
-_OBJECT_TEXTURE_CONTRAST, _GROUND_TEXTURE_CONTRAST = (5, 60), (5, 90)
+_OBJECT_TEXTURE_CONTRAST, _GROUND_TEXTURE_CONTRAST = (5, 40), (5, 40)
 _PREFIX = "shapes://"  # of the file names
 _STEPS = np.arange(256)[:, None]
 _SUBPIXEL_BITS = 4  # cv2 polygons in 1/16 pixel
@@ -187,7 +201,7 @@ def _shifted(rs, color, low, high):
 
 
 def _contrasting(rs, color):
-    """A colour to be seen on ``color``, the same way for objects and clutter."""
+    """A colour to be seen on ``color``."""
     low = rs.random_sample() < 0.2
     return _shifted(rs, color, *(_LOW_CONTRAST if low else _CLEAR_CONTRAST))
 
@@ -200,10 +214,11 @@ def _surface(rs, kinds, height, width, first, second):
 
 def _paint_ground(rs):
     """(H, W, 3) uint8: a background with lines, arcs and dots, none like an object of a class."""
-    base = [_integer(rs, 30, 226) for _ in range(3)]
+    gray = _integer(rs, 60, 196)
+    base = [gray + _integer(rs, -20, 21) for _ in range(3)]
     second = _shifted(rs, base, *_GROUND_TEXTURE_CONTRAST)
     image = _surface(rs, _GROUND_TEXTURES, IMAGE_SIZE, IMAGE_SIZE, base, second)
-    for _ in range(_integer(rs, 0, 40)):
+    for _ in range(_integer(rs, 0, 12)):
         color = _contrasting(rs, base)
         x, y = _integer(rs, 0, IMAGE_SIZE), _integer(rs, 0, IMAGE_SIZE)
         kind = _integer(rs, 0, 4)
@@ -220,15 +235,23 @@ def _paint_ground(rs):
     return image
 
 
-def _paint(rs, masks):
+def _object_color(rs, category, around):
+    """The colour of an object on ground of the colour ``around``."""
+    if rs.random_sample() >= _TYPICAL_COLOR:
+        return _contrasting(rs, around)
+    return _shifted(rs, _CLASS_COLORS[SHAPES_CLASSES[category]], 0, _CLASS_COLOR_SPREAD)
+
+
+def _paint(rs, classes, masks):
     """(H, W, 3) uint8 RGB: the image of a layout."""
     image = _paint_ground(rs)
-    for mask in masks[::-1]:  # the lowest first, so that the others see what they lie on
+    # The lowest first, so that the others see what they lie on.
+    for category, mask in zip(classes[::-1], masks[::-1]):
         x, y, w, h = cv2.boundingRect(mask.view(np.uint8))
         box = (slice(max(0, y - 3), y + h + 3), slice(max(0, x - 3), x + w + 3))
         mask = mask[box]
         around = cv2.mean(image[box], (~mask).view(np.uint8))[:3]
-        first = _contrasting(rs, around)
+        first = _object_color(rs, category, around)
         second = _shifted(rs, first, *_OBJECT_TEXTURE_CONTRAST)
         fill = _surface(rs, _OBJECT_TEXTURES, *mask.shape, first, second)
         np.copyto(image[box], fill, where=mask[..., None])
@@ -250,7 +273,7 @@ def draw_shapes(split, index):
     """
     rs = _random_state(split, index)
     classes, masks = _layout(rs)
-    return _paint(rs, masks), classes, masks
+    return _paint(rs, classes, masks), classes, masks
 
 
 def _annotation(category, mask):
