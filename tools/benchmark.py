@@ -200,15 +200,17 @@ def main():
     print(
         f"{args.images} image(s) of {height} x {width}, {args.num_classes} classes, {args.boxes} "
         f"boxes of {args.present} classes, {args.device}, {torch.get_num_threads()} threads, "
-        f"{args.rounds} rounds"
+        f"{args.rounds} rounds",
+        flush=True,
     )
 
+    memory = dict.fromkeys(TRAINING, "-")
+    if not args.no_memory:
+        # First, since a new process starts with the peak of the one that made it.
+        memory = {name: f"{in_new_process(peak_memory, args, name):.0f}" for name in TRAINING}
     steps = {name: training_step(args, name) for name in TRAINING}
     seconds = measure(steps, args.rounds, args.device)
     del steps
-    memory = dict.fromkeys(TRAINING, "-")
-    if not args.no_memory:
-        memory = {name: f"{in_new_process(peak_memory, args, name):.0f}" for name in TRAINING}
     print_table(
         ("RetinaNet R-50 training iteration", "s", "ratio to plain", "peak memory, MiB"),
         [ratio_row(name, seconds[name], seconds[PLAIN], memory[name]) for name in TRAINING],
