@@ -11,9 +11,9 @@ counts. Shape shorthand: N objects, K classes that are present, C classes in all
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.structures import BitMasks, Boxes, PolygonMasks
@@ -126,40 +126,46 @@ class LabelMap:
 
 
 def _draw(boxes, classes, image_size, scale, masks) -> LabelMap:
-    """Draws N ramps, times `masks` (N, H, W) if there are any, into the planes of their classes."""
+    """Draws N ramps, times `masks` (N, H, W) if there are any, into the planes of their classes.
+
+    On the CPU and in NumPy: an object's window is too little work for more, and memory that NumPy
+    hands out as zeros costs nothing where nobody draws.
+    """
     boxes = boxes.tensor if isinstance(boxes, Boxes) else boxes
-    boxes = boxes.to(torch.float32)
-    scale = torch.ones(len(boxes)) if scale is None else scale
+    device = boxes.device
+    boxes, classes = boxes.detach().float().cpu().numpy(), classes.cpu().numpy()
+    scale = np.ones(len(boxes), np.float32) if scale is None else scale.float().cpu().numpy()
+    masks = None if masks is None else masks.cpu().numpy()
     height, width = image_size
 
     sizes = boxes[:, 2:] - boxes[:, :2]
-    valid = torch.isfinite(boxes).all(dim=1) & (sizes > 0).all(dim=1)
-    present, planes = torch.unique(classes[valid], return_inverse=True)
-    values = boxes.new_zeros((len(present), height, width))
+    valid = np.isfinite(boxes).all(axis=1) & (sizes > 0).all(axis=1)
+    present, planes = np.unique(classes[valid], return_inverse=True)
+    values = np.zeros((len(present), height, width), np.float32)
 
-    objects = valid.nonzero().flatten().tolist()
-    windows = boxes[valid].tolist()
-    for plane, index, (x0, y0, x1, y1) in zip(planes.tolist(), objects, windows):
-        # Only the pixels whose centres can lie in the box; rounding errors are left to the ramp.
-        left, right = max(math.floor(x0 - 0.5), 0), min(math.ceil(x1 - 0.5) + 1, width)
-        top, bottom = max(math.floor(y0 - 0.5), 0), min(math.ceil(y1 - 0.5) + 1, height)
-        if left >= right or top >= bottom:
-            continue
-        window = (slice(top, bottom), slice(left, right))
-        ramp = _ramp(boxes[index], sizes[index], *window) * scale[index]
+    for plane, index in zip(planes, np.flatnonzero(valid)):
+        x0, y0, x1, y1 = boxes[index]
+        # The ramp is the minimum of one in x and one in y, so only these need the arithmetic.
+        columns, ramp_x = _ramp(x0, x1, width, scale[index])
+        rows, ramp_y = _ramp(y0, y1, height, scale[index])
+        ramp = np.minimum(ramp_y[:, None], ramp_x[None, :])
         if masks is not None:
-            ramp = ramp * masks[index][window]
-        target = values[plane][window]
-        torch.maximum(target, ramp, out=target)
-    return LabelMap(present.to(torch.int64), values)
+            ramp *= masks[index, rows, columns]
+        window = values[plane, rows, columns]
+        np.maximum(window, ramp, out=window)
+    return LabelMap(torch.from_numpy(present.astype(np.int64)), torch.from_numpy(values)).to(device)
 
 
-def _ramp(box: torch.Tensor, size: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
-    """The ramp of one box (4,) of size (w, h) on a window of pixels, zero below 0.5."""
-    y = torch.arange(rows.start, rows.stop, device=box.device) + 0.5
-    x = torch.arange(columns.start, columns.stop, device=box.device) + 0.5
-    center_x, center_y = (box[:2] + box[2:]) / 2
-    distance_x = (x - center_x).abs() / size[0]
-    distance_y = (y - center_y).abs() / size[1]
-    ramp = 1 - torch.maximum(distance_x[None, :], distance_y[:, None])
-    return ramp * (ramp >= 0.5)
+def _ramp(start: np.float32, stop: np.float32, length: int, scale: np.float32):
+    """The ramp of an interval of pixels, zero below 0.5, times `scale`.
+
+    Returns:
+        slice of [0, length): the pixels whose centres can lie in the interval, and one more at
+        each end, where rounding decides
+        its values, float32
+    """
+    first = int(np.clip(np.floor(start - 0.5), 0, length))
+    end = int(np.clip(np.ceil(stop - 0.5) + 1, first, length))
+    centers = np.arange(first, end, dtype=np.float32) + np.float32(0.5)
+    ramp = 1 - np.abs(centers - (start + stop) / 2) / (stop - start)
+    return slice(first, end), ramp * (ramp >= 0.5) * scale
