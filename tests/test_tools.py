@@ -21,7 +21,7 @@ def test_demo(tiny_data, tmp_path):
     demo = load_tool("demo")
     folder = Path(tiny_data[0][1]).parent.parent
     small = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"]
-    small += ["SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"]
+    small += ["SOLVER.MAX_ITER", "5", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"]
     overrides = [*demo.dataset_overrides(str(folder)), *small]
     for name in demo.RUNS:
         demo.train(tmp_path, name, overrides)
@@ -33,7 +33,7 @@ def test_demo(tiny_data, tmp_path):
     demo.draw_pictures(tmp_path, cfgs)
     report = demo.write_report(tmp_path, cfgs).read_text()
     number = r"(?:nan|[\d.]+)"
-    row = re.search(rf"\| LabelEnc, step 2 \| 2 \| 4 \|(?: {number} \|){{3}} ([\d.]+) \|", report)
+    row = re.search(rf"\| LabelEnc, step 2 \| 5 \| 10 \|(?: {number} \|){{3}} ([\d.]+) \|", report)
     assert float(row[1]) > 0  # seconds an iteration
     for picture in re.findall(r"!\[.*\]\((.*)\)", report):
         assert (tmp_path / picture).stat().st_size > 10_000, picture

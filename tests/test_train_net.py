@@ -93,7 +93,7 @@ def test_config_builds(config, read_cfg):
             "LabelEnc/retinanet_R_50_FPN_step1.yaml",
             (90000, 110000),
             120000,
-            ("WARMUP_ITERS", 30000),
+            (30000, 10000),
         ),
         ("LabelEnc/retinanet_R_50_FPN_step2.yaml", (60000, 80000), 90000, (30000, 10000)),
     ],

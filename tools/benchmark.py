@@ -56,9 +56,9 @@ def make_batch(args):
     batch = []
     for _ in range(args.images):
         corners = torch.rand(args.boxes, 2, generator=generator) * torch.tensor([width, height]) / 2
-        sizes = (0.05 + 0.45 * torch.rand(args.boxes, 2, generator=generator)) * torch.tensor(
-            [width, height]
-        )
+        # Sides of 2 % to 60 % of the image, small ones as frequent as large ones on a log scale.
+        sides = 0.02 * 30 ** torch.rand(args.boxes, 2, generator=generator)
+        sizes = sides * torch.tensor([width, height])
         boxes = torch.cat([corners, corners + sizes], dim=1)
         classes = torch.arange(args.boxes) % args.present * (args.num_classes // args.present)
         batch.append(

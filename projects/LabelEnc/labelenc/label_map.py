@@ -11,9 +11,9 @@ counts. Shape shorthand: N objects, K classes that are present, C classes in all
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.structures import BitMasks, Boxes, PolygonMasks
@@ -128,44 +128,43 @@ class LabelMap:
 def _draw(boxes, classes, image_size, scale, masks) -> LabelMap:
     """Draws N ramps, times `masks` (N, H, W) if there are any, into the planes of their classes.
 
-    On the CPU and in NumPy: an object's window is too little work for more, and memory that NumPy
-    hands out as zeros costs nothing where nobody draws.
+    On the CPU, where an object's window is little work.
     """
     boxes = boxes.tensor if isinstance(boxes, Boxes) else boxes
     device = boxes.device
-    boxes, classes = boxes.detach().float().cpu().numpy(), classes.cpu().numpy()
-    scale = np.ones(len(boxes), np.float32) if scale is None else scale.float().cpu().numpy()
-    masks = None if masks is None else masks.cpu().numpy()
+    boxes, classes = boxes.detach().float().cpu(), classes.cpu()
+    scale = torch.ones(len(boxes)) if scale is None else scale.float().cpu()
     height, width = image_size
 
-    sizes = boxes[:, 2:] - boxes[:, :2]
-    valid = np.isfinite(boxes).all(axis=1) & (sizes > 0).all(axis=1)
-    present, planes = np.unique(classes[valid], return_inverse=True)
-    values = np.zeros((len(present), height, width), np.float32)
+    valid = torch.isfinite(boxes).all(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    boxes, scale = boxes[valid], scale[valid]
+    present, planes = torch.unique(classes[valid], return_inverse=True)
+    values = torch.zeros(len(present), height, width)
 
-    for plane, index in zip(planes, np.flatnonzero(valid)):
-        x0, y0, x1, y1 = boxes[index]
-        # The ramp is the minimum of one in x and one in y, so only these need the arithmetic.
-        columns, ramp_x = _ramp(x0, x1, width, scale[index])
-        rows, ramp_y = _ramp(y0, y1, height, scale[index])
-        ramp = np.minimum(ramp_y[:, None], ramp_x[None, :])
+    # A ramp is the minimum of one in x and one in y, so only these need the arithmetic.
+    ramps_x = _ramps(boxes[:, 0], boxes[:, 2], width) * scale[:, None]
+    ramps_y = _ramps(boxes[:, 1], boxes[:, 3], height) * scale[:, None]
+    objects = valid.nonzero().flatten().tolist()
+    for i, (plane, (x0, y0, x1, y1)) in enumerate(zip(planes.tolist(), boxes.tolist())):
+        rows, columns = _window(y0, y1, height), _window(x0, x1, width)
+        ramp = torch.minimum(ramps_y[i, rows, None], ramps_x[i, None, columns])
         if masks is not None:
-            ramp *= masks[index, rows, columns]
-        window = values[plane, rows, columns]
-        np.maximum(window, ramp, out=window)
-    return LabelMap(torch.from_numpy(present.astype(np.int64)), torch.from_numpy(values)).to(device)
+            ramp *= masks[objects[i], rows, columns].cpu()
+        target = values[plane, rows, columns]
+        torch.maximum(target, ramp, out=target)
+    return LabelMap(present.to(torch.int64), values).to(device)
 
 
-def _ramp(start: np.float32, stop: np.float32, length: int, scale: np.float32):
-    """The ramp of an interval of pixels, zero below 0.5, times `scale`.
+def _ramps(start: torch.Tensor, stop: torch.Tensor, length: int) -> torch.Tensor:
+    """The ramps of N intervals over the pixels [0, length), zero below 0.5: (N, length)."""
+    centers = torch.arange(length) + 0.5
+    middle, size = (start + stop) / 2, stop - start
+    ramps = 1 - (centers - middle[:, None]).abs() / size[:, None]
+    return ramps * (ramps >= 0.5)
 
-    Returns:
-        slice of [0, length): the pixels whose centres can lie in the interval, and one more at
-        each end, where rounding decides
-        its values, float32
-    """
-    first = int(np.clip(np.floor(start - 0.5), 0, length))
-    end = int(np.clip(np.ceil(stop - 0.5) + 1, first, length))
-    centers = np.arange(first, end, dtype=np.float32) + np.float32(0.5)
-    ramp = 1 - np.abs(centers - (start + stop) / 2) / (stop - start)
-    return slice(first, end), ramp * (ramp >= 0.5) * scale
+
+def _window(start: float, stop: float, length: int) -> slice:
+    """The pixels of [0, length) whose centres lie in the interval, and one more at each end, where
+    rounding decides."""
+    first = min(max(math.floor(start - 0.5), 0), length)
+    return slice(first, min(max(math.ceil(stop - 0.5) + 1, first), length))
