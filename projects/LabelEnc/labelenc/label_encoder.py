@@ -32,7 +32,9 @@ class SparseStem(nn.Conv2d):
         """
         if isinstance(label_maps, torch.Tensor):
             return super().forward(label_maps)
-        return torch.cat([self._forward_present(label_map) for label_map in label_maps])
+        outputs = [self._forward_present(label_map) for label_map in label_maps]
+        # Concatenating copies the largest tensor of the network, also that of one image alone.
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _forward_present(self, label_map: LabelMap) -> torch.Tensor:
         if len(label_map.classes) == 0:  # an image without objects: one plane of zeros
