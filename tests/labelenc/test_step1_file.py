@@ -46,6 +46,17 @@ def test_refuses_a_file_that_does_not_fit(make_cfg, step1_file, overrides, messa
     assert all(torch.equal(*pair) for pair in zip(before, model.parameters()))
 
 
+def test_keeps_the_statistics_of_a_pretrained_backbone(make_cfg, step1_file):
+    """Inheriting head and FPN leaves a frozen batch norm as it was loaded from ImageNet weights."""
+    model = build_model(make_cfg(STEP2, "MODEL.RESNETS.NORM", "FrozenBN"))
+    norm = model.backbone.bottom_up.stem.conv1.norm
+    norm.running_mean.fill_(0.3)
+    norm.running_var.fill_(7.0)
+    inherit_step1_file(model, step1_file)
+    assert (norm.running_mean == 0.3).all()
+    assert (norm.running_var == 7.0).all()
+
+
 def edited(path, **changes):
     data = torch.load(path, weights_only=True)
     for key, value in changes.items():

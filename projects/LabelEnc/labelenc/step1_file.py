@@ -142,7 +142,9 @@ def _load_matching_layers(
             "this detector"
         )
     inherited = {key: value for key, value in source.items() if _layer(key) not in differing}
-    model.load_state_dict(inherited, strict=False)
+    # Not load_state_dict: with a part of the keys it resets the statistics of FrozenBatchNorm2d.
+    for key, value in inherited.items():
+        target[key].copy_(value)
     logger.info(f"Inherited {len(inherited)} tensors of the head and the FPN from {path}")
 
 
