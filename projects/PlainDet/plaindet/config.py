@@ -8,3 +8,54 @@ def add_plaindet_config(cfg: CfgNode) -> None:
     # Data sets in COCO format to register, each [name, json file, folder of images]. The names can
     # then be used in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.COCO_FORMAT = []
+
+    # For build_fpn_backbone: the registered builder of the network below the FPN.
+    cfg.MODEL.FPN.BOTTOM_UP = "build_resnet_backbone"
+    # For build_fpn_backbone: the extra levels, "LastLevelMaxPool" (one, from p5) or
+    # "LastLevelP6P7" (two, convolutions).
+    cfg.MODEL.FPN.TOP_BLOCK = "LastLevelP6P7"
+    # What LastLevelP6P7 reads: "p5", or a feature of the network below ("res5").
+    cfg.MODEL.FPN.TOP_BLOCK_IN_FEATURE = "p5"
+
+    # MobileNetV2 (build_mobilenet_backbone).
+    cfg.MODEL.MOBILENET = CfgNode()
+    cfg.MODEL.MOBILENET.OUT_FEATURES = ["res3", "res4", "res5"]
+    # Normalisation, see detectron2.layers.get_norm.
+    cfg.MODEL.MOBILENET.NORM = "FrozenBN"
+
+    # FCOS. The defaults are the original's with its later improvements.
+    cfg.MODEL.FCOS = CfgNode()
+    cfg.MODEL.FCOS.NUM_CLASSES = 80
+    cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Convolutions in each of the two subnets of the head, and their normalisation.
+    cfg.MODEL.FCOS.NUM_CONVS = 4
+    cfg.MODEL.FCOS.NORM = "GN"
+    # Whether the last convolution of both subnets is deformable (modulated).
+    cfg.MODEL.FCOS.DEFORMABLE_LAST_CONV = False
+    cfg.MODEL.FCOS.PRIOR_PROB = 0.01
+    # Whether the centerness is predicted from the box subnet, and not the classification subnet.
+    cfg.MODEL.FCOS.CENTERNESS_ON_BOX_SUBNET = True
+    # Whether the box regression has a learnable factor for each level.
+    cfg.MODEL.FCOS.LEVEL_SCALES = True
+    # True: ReLU, and distances in units of the stride. False: exp, and distances in pixels.
+    cfg.MODEL.FCOS.NORMALIZE_DISTANCES = True
+    # Positions within this many strides of the box centre are positive; 0: everywhere in the box.
+    cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
+    cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
+    # "iou" (-log IoU) or "giou" (1 - GIoU).
+    cfg.MODEL.FCOS.BOX_REG_LOSS_TYPE = "giou"
+    # Added to intersection and union in the IoU, in the units of the distances squared. 1.0 in the
+    # original implementation.
+    cfg.MODEL.FCOS.IOU_SMOOTHING = 0.0
+    # Whether a position's centerness target is the weight of its box loss.
+    cfg.MODEL.FCOS.CENTERNESS_WEIGHTED_BOX_LOSS = True
+    # What the losses are divided by: "batch", the number of positives (or their weights) averaged
+    # over processes, or "moving_average" of the number of positives of this process.
+    cfg.MODEL.FCOS.LOSS_NORMALIZER = "batch"
+    # Inference: candidates need a class probability above CLASS_SCORE_THRESH_TEST and a score
+    # sqrt(class probability * centerness) above SCORE_THRESH_TEST.
+    cfg.MODEL.FCOS.CLASS_SCORE_THRESH_TEST = 0.05
+    cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.0
+    cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
+    cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6

@@ -8,9 +8,12 @@ from detectron2.modeling import ROIHeads
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from torch import nn
 
+from plaindet.modeling import FCOS
+
 # The config key that gives a module its number of classes.
 NUM_CLASSES_KEYS = {
     RetinaNet: "MODEL.RETINANET.NUM_CLASSES",
+    FCOS: "MODEL.FCOS.NUM_CLASSES",
     ROIHeads: "MODEL.ROI_HEADS.NUM_CLASSES",
 }
 

@@ -5,7 +5,8 @@ import os
 from detectron2.config import CfgNode, get_cfg
 from torch import nn
 
-from plaindet.modeling import TrainingOnlyModules
+from plaindet.config import add_plaindet_config
+from plaindet.modeling import TrainingOnlyModules, is_training_only
 
 FILE_NAME = "plain_config.yaml"
 
@@ -13,13 +14,22 @@ FILE_NAME = "plain_config.yaml"
 def write_plain_config(cfg: CfgNode, model: nn.Module) -> None:
     """Writes `OUTPUT_DIR/plain_config.yaml`: the config of the plain detector that the run trains,
     with the keys of Detectron2 alone, so that Detectron2 without this project evaluates, exports
-    or fine-tunes the run's checkpoints."""
+    or fine-tunes the run's checkpoints. With plaindet's keys too where the detector has parts of
+    plaindet."""
     plain = get_cfg()
+    if _needs_plaindet(model):
+        add_plaindet_config(plain)
     _copy_known_keys(cfg, plain)
     if isinstance(model, TrainingOnlyModules):
         plain.MODEL.META_ARCHITECTURE = model.plain_class().__name__
     with open(os.path.join(cfg.OUTPUT_DIR, FILE_NAME), "w") as f:
         f.write(plain.dump())
+
+
+def _needs_plaindet(model: nn.Module) -> bool:
+    plain_class = model.plain_class() if isinstance(model, TrainingOnlyModules) else type(model)
+    parts = [type(m) for name, m in model.named_modules() if name and not is_training_only(name)]
+    return any(part.__module__.startswith("plaindet.") for part in (plain_class, *parts))
 
 
 def _copy_known_keys(source: CfgNode, target: CfgNode) -> None:

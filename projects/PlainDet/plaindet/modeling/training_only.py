@@ -32,7 +32,12 @@ class TrainingOnlyModules(nn.Module):
         return state
 
 
+def is_training_only(name: str) -> bool:
+    """Whether a module, parameter or key of this name belongs to `training_only`; the name has a
+    prefix where the model is wrapped (DistributedDataParallel)."""
+    return NAME in name.split(".")
+
+
 def _do_not_miss_training_only(module, incompatible_keys) -> None:
     missing = incompatible_keys.missing_keys
-    # The keys have a prefix where the model is wrapped (DistributedDataParallel).
-    missing[:] = [key for key in missing if NAME not in key.split(".")]
+    missing[:] = [key for key in missing if not is_training_only(key)]

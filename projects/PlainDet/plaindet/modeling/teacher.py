@@ -1,0 +1,101 @@
+"""A trained detector that supervises the training of another one."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from torch import nn
+
+from plaindet.config import add_plaindet_config
+
+
+class Teacher:
+    """A frozen detector in eval mode.
+
+    It is no `nn.Module`, so that a model which holds it has none of it in its parameters, state
+    dict, optimizer or DistributedDataParallel wrapper.
+    """
+
+    def __init__(self, model: nn.Module, input_format: str = "BGR"):
+        """
+        Args:
+            model: a Detectron2 detector with a `backbone` and `preprocess_image`.
+            input_format: the channel order of its images, "BGR" or "RGB".
+        """
+        self.model = model.eval().requires_grad_(False)
+        self.input_format = input_format
+
+    @torch.no_grad()
+    def features(
+        self, batched_inputs: list[dict], input_format: str, device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """The features of its backbone, from images normalised with its own mean and deviation.
+
+        Args:
+            batched_inputs: the student's, with "image" (3, H, W).
+            input_format: the channel order of these images.
+            device: of the student, to which the teacher moves.
+        """
+        if self.model.device != device:
+            self.model.to(device)
+        if input_format != self.input_format:
+            batched_inputs = [{"image": x["image"].flip(0)} for x in batched_inputs]
+        return self.model.backbone(self.model.preprocess_image(batched_inputs).tensor)
+
+
+def build_teacher(node: CfgNode, device: str) -> Teacher:
+    """Builds a teacher with its trained weights.
+
+    Args:
+        node: CONFIG_FILE, a config with the keys of Detectron2 and plaindet; WEIGHTS, or the
+            config's MODEL.WEIGHTS if empty; OPTS, overrides of the config as KEY VALUE pairs.
+        device: where to put it.
+
+    Raises:
+        ValueError: the weights lack parameters of the config's detector.
+    """
+    cfg = get_cfg()
+    add_plaindet_config(cfg)
+    cfg.merge_from_file(node.CONFIG_FILE)
+    cfg.merge_from_list(list(node.OPTS))
+    cfg.MODEL.DEVICE = device
+    model = build_model(cfg)
+    CompleteCheckpointer(model).load(node.WEIGHTS or cfg.MODEL.WEIGHTS)
+    return Teacher(model, cfg.INPUT.FORMAT)
+
+
+class CompleteCheckpointer(DetectionCheckpointer):
+    """A checkpointer which does not accept that a file has only a part of the model."""
+
+    def load(self, path: str, *args, **kwargs) -> dict:
+        """As Detectron2's.
+
+        Raises:
+            ValueError: names the file, and the parameters that it lacks or has in another shape.
+        """
+        if not path:
+            raise ValueError(f"No file with the weights of a {type(self.model).__name__} is given")
+        self._file = path
+        return super().load(path, *args, **kwargs)
+
+    def _load_model(self, checkpoint):
+        incompatible = super()._load_model(checkpoint)
+        name = type(self.model).__name__
+        if incompatible.incorrect_shapes:
+            shapes = [
+                f"{key} {found} instead of {expected}"
+                for key, found, expected in incompatible.incorrect_shapes
+            ]
+            raise ValueError(f"{self._file} does not fit this {name}: it has {_some(shapes)}")
+        if incompatible.missing_keys:
+            raise ValueError(
+                f"{self._file} does not fit this {name}: it lacks "
+                f"{_some(incompatible.missing_keys)}"
+            )
+        return incompatible
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")

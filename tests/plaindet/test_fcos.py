@@ -1,0 +1,279 @@
+"""FCOS against Detectron2's own, the original implementation's numbers and closed forms."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch import fcos as detectron2_fcos
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torchvision.ops import generalized_box_iou_loss
+
+from plaindet.modeling import FCOS, FCOSHead
+from plaindet.modeling.fcos import centerness_target, iou_loss
+
+DATA = Path(__file__).parent.parent / "data" / "plaindet"
+STRIDES = [8, 16, 32, 64, 128]
+
+# The config of Detectron2's variant.
+DETECTRON2 = [
+    *("MODEL.FCOS.NORM", "", "MODEL.FCOS.LEVEL_SCALES", "False"),
+    *("MODEL.FCOS.LOSS_NORMALIZER", "moving_average"),
+    *("MODEL.FCOS.CENTERNESS_WEIGHTED_BOX_LOSS", "False", "MODEL.FCOS.IOU_SMOOTHING", "0.0"),
+    *("MODEL.FCOS.CLASS_SCORE_THRESH_TEST", "0.0", "MODEL.FCOS.SCORE_THRESH_TEST", "0.2"),
+]
+
+
+@pytest.fixture
+def make_fcos(read_cfg):
+    def make(*overrides, config="quick/fcos_imprv_R_18_baseline.yaml"):
+        cfg = read_cfg(config)
+        cfg.MODEL.FCOS.NUM_CLASSES = 5
+        cfg.merge_from_list(list(overrides))
+        return build_model(cfg).train()
+
+    return make
+
+
+def make_batch(num_images=2, size=(128, 160), boxes=6):
+    batch = []
+    for _ in range(num_images):
+        corners = torch.rand(boxes, 2) * torch.tensor([100.0, 70.0])
+        sides = 3 + torch.rand(boxes, 2) ** 2 * 90
+        instances = Instances(size)
+        instances.gt_boxes = Boxes(torch.cat([corners, corners + sides], dim=1))
+        instances.gt_classes = torch.randint(0, 5, (boxes,))
+        batch.append({"image": torch.rand(3, *size) * 255, "instances": instances})
+    return batch
+
+
+def detectron2_twin(model):
+    """Detectron2's FCOS with the same weights, loaded strictly."""
+    head = detectron2_fcos.FCOSHead(
+        input_shape=[ShapeSpec(channels=64, stride=stride) for stride in STRIDES],
+        conv_dims=[64, 64],
+        num_classes=5,
+    )
+    twin = detectron2_fcos.FCOS(
+        backbone=model.backbone,
+        head=head,
+        num_classes=5,
+        pixel_mean=model.pixel_mean.flatten().tolist(),
+        pixel_std=model.pixel_std.flatten().tolist(),
+    )
+    twin.load_state_dict(model.state_dict(), strict=True)
+    return twin
+
+
+def test_detectron2_variant_trains_the_same(make_fcos):
+    model = make_fcos(*DETECTRON2)
+    twin = detectron2_twin(model).train()
+    for _ in range(2):  # the second time with a moved average
+        batch = make_batch()
+        with EventStorage():
+            losses, expected = model(batch), twin(batch)
+        assert losses.keys() == expected.keys()
+        for name, loss in losses.items():
+            assert loss.item() == pytest.approx(expected[name].item(), rel=1e-5), name
+    for detector, terms in ((model, losses), (twin, expected)):
+        detector.head.zero_grad()
+        sum(terms.values()).backward(retain_graph=True)
+    for (name, parameter), other in zip(model.head.named_parameters(), twin.head.parameters()):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_detectron2_variant_detects_the_same(make_fcos):
+    model = make_fcos(*DETECTRON2).eval()
+    with torch.no_grad():
+        model.head.cls_score.bias.fill_(0.5)
+        model.head.bbox_pred.bias.fill_(2.0)
+        model.head.cls_score.weight.mul_(20)
+    twin = detectron2_twin(model).eval()
+    batch = [{"image": x["image"]} for x in make_batch()]
+    with torch.no_grad():
+        for ours, expected in zip(model(batch), twin(batch)):
+            ours, expected = ours["instances"], expected["instances"]
+            assert len(ours) > 10
+            assert torch.equal(ours.pred_boxes.tensor, expected.pred_boxes.tensor)
+            assert torch.equal(ours.scores, expected.scores)
+            assert torch.equal(ours.pred_classes, expected.pred_classes)
+
+
+@pytest.mark.parametrize("kind", ["fcos", "fcos_imprv"])
+def test_targets_of_the_original(make_fcos, kind):
+    """Labels, distances and centerness of boxes of all sizes, equal to the original's."""
+    numbers = np.load(DATA / "fcos_targets.npz")
+    model = make_fcos(config=f"quick/{kind}_R_18_baseline.yaml")
+    height, width = numbers["hw"].tolist()
+    features = [torch.zeros(2, 1, height // stride, width // stride) for stride in STRIDES]
+    anchors = model.anchor_generator(features)
+    instances = [
+        Instances(
+            (height, width),
+            gt_boxes=Boxes(torch.from_numpy(numbers[f"boxes{i}"])),
+            gt_classes=torch.from_numpy(numbers[f"labels{i}_0"]),
+        )
+        for i in (1, 2)
+    ]
+    labels, boxes = model.label_anchors(anchors, instances)
+    distances = model._target_distances(anchors, boxes)
+
+    counts = [len(level) for level in anchors]
+    levels = zip(torch.stack(labels).split(counts, 1), distances.split(counts, 1))
+    for level, (labels, distances) in enumerate(levels):
+        expected = numbers[f"{kind}_labels{level}"]  # 1-based, 0 is background
+        labels = torch.where(labels == 5, 0, labels + 1).flatten()
+        np.testing.assert_array_equal(labels.numpy(), expected)
+        positive = expected > 0
+        distances = distances.reshape(-1, 4)[positive]
+        np.testing.assert_allclose(distances, numbers[f"{kind}_reg{level}"][positive], rtol=1e-6)
+        centerness = centerness_target(distances)
+        np.testing.assert_allclose(centerness, numbers[f"{kind}_ctr{level}"], rtol=1e-5)
+
+
+def test_range_includes_its_limits_and_the_smaller_box_wins(make_fcos):
+    """A position whose farthest side is 64 px away belongs to P3 and P4, as in the original; areas
+    that differ by one pixel are told apart."""
+    model = make_fcos("MODEL.FCOS.CENTER_SAMPLING_RADIUS", "0.0")
+    anchors = model.anchor_generator([torch.zeros(1, 1, 256 // s, 256 // s) for s in STRIDES])
+    boxes = torch.tensor([[4.0, 4.0, 84.0, 85.0], [4.0, 4.0, 84.0, 84.0]])  # centre not decisive
+    instances = Instances((256, 256), gt_boxes=Boxes(boxes), gt_classes=torch.tensor([0, 1]))
+    labels, _ = model.label_anchors(anchors, [instances])
+    p3, p4 = labels[0].split([len(level) for level in anchors])[:2]
+    # x = 20 on P3 (2.5 strides): 64 px to the right side at 84.
+    assert p3.view(32, 32)[5, 2] == 1
+    # On P4, x = 24 has 60 px and y = 72 has 68 px.
+    assert p4.view(16, 16)[4, 1] == 1
+    assert p4.view(16, 16)[1, 1] == 5
+
+
+@pytest.mark.parametrize("loss_type", ["iou", "giou"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_iou_loss_of_the_original(loss_type, weighted):
+    numbers = np.load(DATA / "iou_losses.npz")
+    predictions, targets = (torch.from_numpy(numbers[f"iou_{k}"]) for k in ("pred", "target"))
+    loss = iou_loss(predictions, targets, loss_type, smoothing=1.0)
+    if weighted:
+        loss = loss * torch.from_numpy(numbers["iou_weight"])
+    expected = float(numbers["iou_" + ("w_" if weighted else "") + loss_type])
+    assert loss.sum().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_iou_loss_of_boxes():
+    """Without smoothing: torchvision's GIoU loss of the boxes; -log IoU by hand."""
+    distances, targets = torch.rand(2, 50, 4) * 10
+    sign = torch.tensor([-1.0, -1.0, 1.0, 1.0])
+    expected = generalized_box_iou_loss(distances * sign, targets * sign)
+    torch.testing.assert_close(iou_loss(distances, targets, "giou"), expected)
+    half = iou_loss(torch.tensor([0.0, 1, 1, 1]), torch.tensor([1.0, 1, 1, 1]), "iou")
+    assert half.item() == pytest.approx(np.log(2))
+
+
+def test_degenerate_predictions_are_finite():
+    distances = torch.zeros(3, 4, requires_grad=True)
+    targets = torch.tensor([[1.0, 2, 3, 4], [0, 0, 0, 0], [1e-3, 1, 1, 1]])
+    for loss_type in ("iou", "giou"):
+        loss = iou_loss(distances, targets, loss_type).sum()
+        (gradient,) = torch.autograd.grad(loss, distances)
+        assert torch.isfinite(loss)
+        assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("kind", ["fcos", "fcos_imprv"])
+def test_no_objects(make_fcos, kind):
+    model = make_fcos(config=f"quick/{kind}_R_18_baseline.yaml")
+    with EventStorage():
+        losses = model(make_batch(boxes=0))
+    sum(losses.values()).backward()
+    assert losses["loss_fcos_loc"] == 0
+    assert losses["loss_fcos_ctr"] == 0
+    assert losses["loss_fcos_cls"] > 0
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_class_threshold(make_fcos):
+    """A candidate below the class threshold is dropped, whatever its centerness."""
+    model = make_fcos("MODEL.FCOS.CLASS_SCORE_THRESH_TEST", "0.3").eval()
+    with torch.no_grad():
+        model.head.bbox_pred.bias.fill_(2.0)
+        model.head.ctrness.bias.fill_(9.0)
+        model.head.cls_score.weight.zero_()
+        model.head.cls_score.bias.copy_(torch.tensor([0.29, 0.31, 0.5, 0.1, 0.9]).logit())
+        result = model([{"image": torch.rand(3, 64, 64) * 255}])[0]["instances"]
+    assert set(result.pred_classes.tolist()) <= {1, 2, 4}
+    assert result.scores.max().item() == pytest.approx(0.9**0.5, rel=1e-3)
+
+
+def test_head_options():
+    shape = [ShapeSpec(channels=8, stride=stride) for stride in (8, 16)]
+    features = [torch.rand(1, 8, 4, 4), torch.rand(1, 8, 2, 2)]
+
+    def head(**options):
+        torch.manual_seed(0)
+        head = FCOSHead(input_shape=shape, conv_dims=[8, 8], num_classes=3, norm="", **options)
+        for parameter in head.parameters():
+            parameter.data = torch.randn_like(parameter) * 0.3
+        return head
+
+    # Centerness from the other subnet, the rest unchanged.
+    plain, other = head(), head(centerness_on_box_subnet=False)
+    assert plain(features)[2][0].ne(other(features)[2][0]).any()
+    assert plain(features)[0][0].equal(other(features)[0][0])
+    subnet = plain.bbox_subnet(features[0])
+    torch.testing.assert_close(plain(features)[2][0], plain.ctrness(subnet))
+    torch.testing.assert_close(other(features)[2][0], other.ctrness(other.cls_subnet(features[0])))
+    # The factor of each level, with ReLU or exp.
+    for level, feature in enumerate(features):
+        regression = plain.bbox_pred(plain.bbox_subnet(feature)) * plain.scales[level]
+        torch.testing.assert_close(plain(features)[1][level], regression.relu())
+    exponential = head(normalize_distances=False)
+    torch.testing.assert_close(exponential(features)[1][1], regression.exp())
+    assert head(level_scales=False).scales is None
+    # The last convolution of both subnets samples where its offsets say.
+    deformable = head(deformable_last_conv=True)
+    keys = deformable.state_dict().keys()
+    assert {"cls_subnet.2.offset.weight", "bbox_subnet.2.weight"} <= keys
+    assert "cls_subnet.0.offset.weight" not in keys
+
+
+def test_learns_to_detect_one_box(make_fcos):
+    """A few steps on one image, until its decoded box is right: units and offsets fit together."""
+    for config in ("quick/fcos_R_18_baseline.yaml", "quick/fcos_imprv_R_18_baseline.yaml"):
+        model = make_fcos(config=config)
+        box = torch.tensor([[37.0, 21.0, 83.0, 99.0]])
+        instances = Instances((128, 128), gt_boxes=Boxes(box), gt_classes=torch.tensor([3]))
+        image = torch.rand(3, 128, 128) * 60
+        image[:, 21:99, 37:83] += 150
+        batch = [{"image": image, "instances": instances}] * 2
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        with EventStorage():
+            for _ in range(40):
+                optimizer.zero_grad()
+                sum(model(batch).values()).backward()
+                optimizer.step()
+            predictions = model.head(
+                list(model.backbone(model.preprocess_image(batch).tensor).values())
+            )
+            anchors = model.anchor_generator(predictions[0])
+            logits, distances, _ = model._transpose_dense_predictions(predictions, [5, 4, 1])
+        best = torch.cat(logits, 1)[0, :, 3].argmax()
+        decoded = model.box2box_transform.apply_deltas(
+            torch.cat(distances, 1)[0, best][None], Boxes.cat(anchors).tensor[best][None]
+        )
+        np.testing.assert_allclose(decoded.detach().numpy(), box.numpy(), atol=6)
+
+
+def test_unknown_options(make_fcos):
+    with pytest.raises(ValueError, match="BOX_REG_LOSS_TYPE is 'l1', expected 'iou' or 'giou'"):
+        make_fcos("MODEL.FCOS.BOX_REG_LOSS_TYPE", "l1")
+    with pytest.raises(ValueError, match="LOSS_NORMALIZER is 'sum', expected 'batch'"):
+        make_fcos("MODEL.FCOS.LOSS_NORMALIZER", "sum")
+
+
+def test_registered_beside_detectron2():
+    assert issubclass(FCOS, detectron2_fcos.FCOS)
+    assert "FCOS" not in get_cfg().MODEL
