@@ -5,10 +5,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
 
-from labelenc import add_labelenc_config
-from plaindet import add_plaindet_config
+from labelenc import read_config
 from plaindet.data import find_coco_folder, register_coco_format
 
 REPOSITORY = Path(__file__).parent.parent
@@ -25,11 +23,7 @@ def read_cfg():
     """Returns a function that reads a file below configs/."""
 
     def read(config_file):
-        cfg = get_cfg()
-        add_plaindet_config(cfg)
-        add_labelenc_config(cfg)
-        cfg.merge_from_file(str(REPOSITORY / "configs" / config_file))
-        return cfg
+        return read_config(REPOSITORY / "configs" / config_file)
 
     return read
 
@@ -41,7 +35,8 @@ def make_cfg(tmp_path, read_cfg, tiny_data):
     def make(config_file, *overrides):
         cfg = read_cfg(config_file)
         cfg.MODEL.DEVICE = "cpu"
-        cfg.MODEL.RETINANET.NUM_CLASSES = len(CLASSES)
+        for head in (cfg.MODEL.RETINANET, cfg.MODEL.FCOS, cfg.MODEL.ROI_HEADS):
+            head.NUM_CLASSES = len(CLASSES)
         cfg.DATASETS.COCO_FORMAT = [list(entry) for entry in tiny_data]
         cfg.DATASETS.TRAIN = ("tiny_train",)
         cfg.DATASETS.TEST = ("tiny_val",)

@@ -4,7 +4,16 @@ import importlib.util
 import re
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
+
+from labelenc import save_step1_file
+from labelenc.pictures import DPI, PANEL_INCHES, save_sheet
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -29,7 +38,7 @@ def test_demo(tiny_data, tmp_path):
     demo.train(tmp_path, "step2", overrides)
     assert (tmp_path / "step2" / "model_final.pth").stat().st_mtime == finished
 
-    cfgs = {name: demo.read_cfg(tmp_path, name, overrides) for name in demo.RUNS}
+    cfgs = {name: demo.read_run_config(tmp_path, name, overrides) for name in demo.RUNS}
     demo.draw_pictures(tmp_path, cfgs)
     report = demo.write_report(tmp_path, cfgs).read_text()
     number = r"(?:nan|[\d.]+)"
@@ -41,17 +50,172 @@ def test_demo(tiny_data, tmp_path):
 
 def test_benchmark(monkeypatch, capsys):
     arguments = "benchmark --size 64 96 --num-classes 20 --rounds 1 --no-memory"
+    arguments += " --detectors retinanet mask_rcnn"
     monkeypatch.setattr("sys.argv", arguments.split())
     load_tool("benchmark").main()
     table = capsys.readouterr().out
-    assert re.search(r"\| plain \| [\d.]+ \| 1.000 \|", table)
+    for detector in ("retinanet", "mask_rcnn"):
+        assert re.search(rf"{detector} .*iteration .*\n.*\n\| plain \| [\d.]+ \| 1.000 \|", table)
     for row in ("step 1", "step 2", "step 2, after the cut-off", "LabelEnc", "dense"):
         assert re.search(rf"\| {row} \| [\d.]+ \| [\d.]+ \|", table), row
     label_map = 3 * 64 * 96 * 4 / 2**20
     assert f"{label_map:.1f} MiB sparse, {label_map / 3 * 20:.1f} MiB dense" in table
 
 
-@pytest.mark.parametrize("tool", ["demo", "benchmark"])
+@pytest.fixture
+def call(monkeypatch):
+    """Returns a function that runs a tool, and returns the rows of its sheets."""
+
+    def run(name, *arguments):
+        tool, sheets = load_tool(name), []
+
+        def save(path, rows):
+            save_sheet(path, rows)
+            sheet = cv2.imread(str(path))
+            assert sheet.shape[1] == PANEL_INCHES * DPI * max(len(row) for row in rows)
+            sheets.append(rows)
+
+        monkeypatch.setattr(tool, "save_sheet", save)
+        monkeypatch.setattr("sys.argv", [name, *(str(argument) for argument in arguments)])
+        tool.main()
+        return sheets
+
+    return run
+
+
+@pytest.fixture
+def runs(make_cfg, tmp_path):
+    """A folder as of a plain run and one of step 2, untrained; the plain run wants RGB."""
+    for name, overrides in (("baseline", ["INPUT.FORMAT", "RGB"]), ("labelenc_step2", [])):
+        cfg = make_cfg(f"quick/retinanet_R_18_{name}.yaml", *overrides)
+        (tmp_path / f"{name}.yaml").write_text(cfg.dump())
+        model = build_model(cfg)
+        checkpointer = DetectionCheckpointer(model, str(tmp_path))
+        if name == "labelenc_step2":
+            checkpointer.add_checkpointable("training_only", model.training_only)
+            save_step1_file(model, str(tmp_path / "label_encoder.pth"))
+        checkpointer.save(name)
+    return tmp_path
+
+
+def feature_arguments(runs):
+    return [
+        *("--config-file", runs / "labelenc_step2.yaml", "--weights"),
+        f"baseline={runs}/baseline.yaml:{runs}/baseline.pth",
+        f"ours={runs}/labelenc_step2.pth",
+        *("--output", runs / "sheets"),
+    ]
+
+
+def test_visualize_features(runs, make_cfg, call):
+    """A row for each level; each checkpoint with its config and its weights."""
+    sheets = call("visualize_features", "--level", "p3", "p5", *feature_arguments(runs))
+    assert len(sheets) == 2  # one of the three images has no annotations
+    titles = [[title for title, _ in row] for row in sheets[0]]
+    names = ["baseline", "ours", "label encoding h(y)"]
+    assert titles == [
+        ["image", "label map", *(f"{name}, {level}" for name in names)] for level in ("p3", "p5")
+    ]
+
+    bgr = cv2.imread(DatasetCatalog.get("tiny_val")[0]["file_name"])
+    pictures = [picture for _, picture in sheets[0][0]]
+    assert (pictures[0] == bgr[..., ::-1]).all()
+    for column, name, image in ((2, "baseline", bgr[..., ::-1]), (3, "labelenc_step2", bgr)):
+        model = build_model(make_cfg("quick/retinanet_R_18_baseline.yaml")).eval()
+        state = torch.load(runs / f"{name}.pth", weights_only=False)["model"]
+        model.load_state_dict(state)
+        tensor = torch.from_numpy(image.transpose(2, 0, 1).copy())
+        with torch.no_grad():
+            feature = model.backbone(model.preprocess_image([{"image": tensor}]).tensor)["p3"][0]
+        intensity = feature.square().sum(dim=0).sqrt()[:8, :10].numpy()
+        expected = 255 * (intensity - intensity.min()) / (intensity.max() - intensity.min())
+        np.testing.assert_allclose(pictures[column][::8, ::8, 0], expected, atol=0.6)
+
+
+def test_visualize_features_of_chosen_images(runs, call):
+    """By id, and image files, which have no ground truth; the step-1 file gives the same encoding
+    as the checkpoint it came with."""
+    arguments = feature_arguments(runs)
+    (by_id,) = call("visualize_features", "--image-ids", "1", *arguments)
+    (by_number, *_) = call(
+        "visualize_features", "--label-encoder", runs / "label_encoder.pth", *arguments
+    )
+    for row, other in zip(by_id, by_number):
+        for (title, picture), (other_title, other_picture) in zip(row, other):
+            assert title == other_title
+            assert (picture == other_picture).all()
+
+    file = DatasetCatalog.get("tiny_val")[0]["file_name"]
+    ((row,),) = call("visualize_features", "--images", file, *arguments)
+    assert [title for title, _ in row] == ["image", "baseline, p3", "ours, p3"]
+    assert (row[1][1] == by_id[0][2][1]).all()
+    assert (runs / "sheets" / "0_1.png").exists()
+
+
+def test_visualize_features_errors(runs, call, capsys):
+    arguments = feature_arguments(runs)
+    state = torch.load(runs / "baseline.pth", weights_only=False)
+    del state["model"]["head.bbox_pred.bias"]
+    torch.save(state, runs / "part.pth")
+    file = str(runs / "part.pth")
+    for option, error, message in (
+        (["--level", "p9"], ValueError, "no level p9: the levels are p3, p4"),
+        (["--weights", f"a={runs}/none.pth"], FileNotFoundError, "none.pth does not exist"),
+        (["--weights", f"a={file}"], ValueError, "part.pth .* lacks head.bbox_pred.bias"),
+        (
+            ["--weights", f"a={runs}/label_encoder.pth"],
+            ValueError,
+            "encoder.pth does not fit",
+        ),
+        (["--label-encoder", f"{runs}/none.pth"], FileNotFoundError, "none.pth does not exist"),
+        (["--label-encoder", file], ValueError, r"part.pth has no label encoder, only \['"),
+        (["--image-ids", "1", "7"], ValueError, "tiny_val has no image with the id 7"),
+        (["--images", "none.png"], RuntimeError, "none.png"),
+    ):
+        with pytest.raises(error, match=message):
+            call("visualize_features", *arguments, *option)
+    shape = r"baseline.pth .* it has head.cls_score.weight \(27, 64, 3, 3\) instead of \(36, "
+    with pytest.raises(ValueError, match=shape):
+        call("visualize_features", *arguments, "MODEL.RETINANET.NUM_CLASSES", 4)
+    with pytest.raises(SystemExit):
+        call("visualize_features", *arguments, "--weights", "model.pth")
+    assert "'model.pth' is not NAME=[CONFIG.yaml:]WEIGHTS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["boxes", "masks"])
+def test_visualize_label_maps(make_cfg, tmp_path, call, kind):
+    """A panel for each class, which shows the boxes of that class alone."""
+    cfg = make_cfg("quick/retinanet_R_18_labelenc_step1.yaml")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    arguments = ["--config-file", tmp_path / "config.yaml", "--output", tmp_path / "sheets"]
+    options = ["MODEL.LABELENC.LABEL_MAP", kind, "MODEL.MASK_ON", kind == "masks"]
+    sheets = call("visualize_label_maps", *arguments, *options)
+    dataset_dict = DatasetCatalog.get("tiny_val")[0]
+    image = cv2.imread(dataset_dict["file_name"])[..., ::-1]
+    classes = sorted({a["category_id"] for a in dataset_dict["annotations"]})
+    (truth, everything, *panels) = (panel for row in sheets[0] for panel in row)
+    assert (truth[0], everything[0]) == (kind, "label map, all classes")
+    assert [title for title, _ in panels] == [["red", "green", "blue"][c] for c in classes]
+    for category, (_, picture) in zip(classes, panels):
+        inside = np.zeros(image.shape[:2], dtype=bool)
+        for annotation in dataset_dict["annotations"]:
+            x, y, width, height = (int(value) for value in annotation["bbox"])
+            if annotation["category_id"] == category:
+                inside[y : y + height, x : x + width] = True
+        changed = (picture != image).any(axis=2)
+        assert not changed[~inside].any()
+        assert changed[inside].mean() > 0.9
+    crowd = [title for row in sheets[1] for title, _ in row]
+    assert crowd == [kind, "label map, all classes"]
+
+    (augmented,) = call("visualize_label_maps", "--augment", "--images", 1, *arguments, "SEED", 3)
+    assert (augmented[0][1][1] != everything[1]).any()
+
+
+TOOLS = ["demo", "benchmark", "visualize_features", "visualize_label_maps"]
+
+
+@pytest.mark.parametrize("tool", TOOLS)
 def test_help(tool, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [tool, "--help"])
     with pytest.raises(SystemExit) as stop:

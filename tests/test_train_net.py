@@ -7,14 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.engine import default_argument_parser
-from detectron2.modeling import META_ARCH_REGISTRY
 
 import train_net
-from labelenc import LabelEncTrainer
-from plaindet.engine import PlainTrainer
 
 REPOSITORY = Path(train_net.__file__).parent
-CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 
 
 def run(config, tiny_data, output, *more):
@@ -71,41 +67,6 @@ def test_num_classes_in_evaluation(tiny_data, tmp_path):
             tmp_path,
             *("--eval-only", "MODEL.RETINANET.NUM_CLASSES", "5", "DATASETS.TRAIN", "()"),
         )
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_config_builds(config, read_cfg):
-    cfg = read_cfg(config.relative_to(REPOSITORY / "configs"))
-    cfg.MODEL.DEVICE = "cpu"
-    trainer_class = train_net.trainer_class(cfg)
-    is_labelenc = cfg.MODEL.META_ARCHITECTURE.startswith("LabelEnc")
-    assert trainer_class is (LabelEncTrainer if is_labelenc else PlainTrainer)
-    model = trainer_class.build_model(cfg)
-    assert type(model) is META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-
-
-@pytest.mark.parametrize(
-    ("config", "steps", "max_iter", "phases"),
-    [
-        ("PlainDet/retinanet_R_50_FPN_1x.yaml", (60000, 80000), 90000, None),
-        ("PlainDet/retinanet_R_50_FPN_2x.yaml", (120000, 160000), 180000, None),
-        (
-            "LabelEnc/retinanet_R_50_FPN_step1.yaml",
-            (90000, 110000),
-            120000,
-            (30000, 10000),
-        ),
-        ("LabelEnc/retinanet_R_50_FPN_step2.yaml", (60000, 80000), 90000, (30000, 10000)),
-    ],
-)
-def test_schedules_of_the_paper(read_cfg, config, steps, max_iter, phases):
-    """Sec. 4.1."""
-    cfg = read_cfg(config)
-    assert (steps, max_iter) == (cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER)
-    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (16, 0.01)
-    assert cfg.INPUT.MIN_SIZE_TRAIN == (800,)
-    if phases is not None:
-        assert phases == (cfg.MODEL.LABELENC.WARMUP_ITERS, cfg.MODEL.LABELENC.CUTOFF_ITERS)
 
 
 def test_import_changes_nothing():

@@ -15,29 +15,29 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
-from labelenc import LabelEncoder, LabelMap, add_labelenc_config
-from plaindet import add_plaindet_config
+from labelenc import LabelEncoder, LabelMap, read_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+DETECTORS = ["retinanet", "fcos_imprv", "faster_rcnn", "mask_rcnn"]
 PLAIN = "plain"
 # name: config, whether L3 is switched on
 TRAINING = {
-    PLAIN: ("PlainDet/retinanet_R_50_FPN_1x.yaml", None),
-    "step 1, warm-up without L3": ("LabelEnc/retinanet_R_50_FPN_step1.yaml", False),
-    "step 1": ("LabelEnc/retinanet_R_50_FPN_step1.yaml", True),
-    "step 2": ("LabelEnc/retinanet_R_50_FPN_step2.yaml", True),
-    "step 2, after the cut-off": ("LabelEnc/retinanet_R_50_FPN_step2.yaml", False),
+    PLAIN: ("PlainDet/{}_R_50_FPN_1x.yaml", None),
+    "step 1, warm-up without L3": ("LabelEnc/{}_R_50_FPN_step1.yaml", False),
+    "step 1": ("LabelEnc/{}_R_50_FPN_step1.yaml", True),
+    "step 2": ("LabelEnc/{}_R_50_FPN_step2.yaml", True),
+    "step 2, after the cut-off": ("LabelEnc/{}_R_50_FPN_step2.yaml", False),
 }
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--detectors", nargs="+", default=DETECTORS, help="; ".join(DETECTORS))
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))
     parser.add_argument("--num-classes", type=int, default=80)
     parser.add_argument("--boxes", type=int, default=8, help="objects in an image")
@@ -61,31 +61,32 @@ def make_batch(args):
         sizes = sides * torch.tensor([width, height])
         boxes = torch.cat([corners, corners + sizes], dim=1)
         classes = torch.arange(args.boxes) % args.present * (args.num_classes // args.present)
+        instances = Instances((height, width), gt_boxes=Boxes(boxes), gt_classes=classes)
+        corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]]
+        instances.gt_masks = PolygonMasks([[polygon.numpy()] for polygon in corners])
         batch.append(
             {
                 "image": torch.randint(0, 255, (3, height, width), generator=generator).float(),
-                "instances": Instances((height, width), gt_boxes=Boxes(boxes), gt_classes=classes),
+                "instances": instances,
                 "label_map": LabelMap.from_boxes(boxes, classes, (height, width)),
             }
         )
     return batch
 
 
-def read_cfg(args, config_file):
-    cfg = get_cfg()
-    add_plaindet_config(cfg)
-    add_labelenc_config(cfg)
-    cfg.merge_from_file(str(CONFIGS / config_file))
+def read_benchmark_config(args, config_file):
+    cfg = read_config(CONFIGS / config_file)
     cfg.MODEL.DEVICE = args.device
-    cfg.MODEL.RETINANET.NUM_CLASSES = args.num_classes
+    for head in (cfg.MODEL.RETINANET, cfg.MODEL.FCOS, cfg.MODEL.ROI_HEADS):
+        head.NUM_CLASSES = args.num_classes
     cfg.VIS_PERIOD = 0
     return cfg
 
 
-def training_step(args, name):
+def training_step(args, detector, name):
     """Returns a function that runs one training iteration of a variant."""
     config_file, distance_enabled = TRAINING[name]
-    cfg = read_cfg(args, config_file)
+    cfg = read_benchmark_config(args, config_file.format(detector))
     model = build_model(cfg).train()
     if distance_enabled is not None:
         model.distance_enabled = distance_enabled
@@ -105,7 +106,7 @@ def training_step(args, name):
 def inference_step(args, config_file):
     """Returns a function that runs one inference."""
     torch.manual_seed(0)
-    model = build_model(read_cfg(args, config_file)).eval()
+    model = build_model(read_benchmark_config(args, config_file)).eval()
     batch = make_batch(args)
 
     @torch.no_grad()
@@ -168,9 +169,9 @@ def measure(steps, rounds, device):
     return seconds
 
 
-def peak_memory(args, name):
+def peak_memory(args, detector, name):
     """MiB at the peak of one training iteration, of the device or (on the CPU) of the process."""
-    step = training_step(args, name)
+    step = training_step(args, detector, name)
     step()
     if args.device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
@@ -204,25 +205,31 @@ def main():
         flush=True,
     )
 
-    memory = dict.fromkeys(TRAINING, "-")
-    if not args.no_memory:
+    memory = {}
+    for detector in args.detectors if not args.no_memory else ():
         # First, since a new process starts with the peak of the one that made it.
-        memory = {name: f"{in_new_process(peak_memory, args, name):.0f}" for name in TRAINING}
-    steps = {name: training_step(args, name) for name in TRAINING}
-    seconds = measure(steps, args.rounds, args.device)
-    del steps
-    print_table(
-        ("RetinaNet R-50 training iteration", "s", "ratio to plain", "peak memory, MiB"),
-        [ratio_row(name, seconds[name], seconds[PLAIN], memory[name]) for name in TRAINING],
-    )
+        for name in TRAINING:
+            memory[detector, name] = f"{in_new_process(peak_memory, args, detector, name):.0f}"
+    for detector in args.detectors:
+        steps = {name: training_step(args, detector, name) for name in TRAINING}
+        seconds = measure(steps, args.rounds, args.device)
+        del steps
+        print_table(
+            (f"{detector} R-50 training iteration", "s", "ratio to plain", "peak memory, MiB"),
+            [
+                ratio_row(name, seconds[name], seconds[PLAIN], memory.get((detector, name), "-"))
+                for name in TRAINING
+            ],
+        )
 
-    models = {PLAIN: TRAINING[PLAIN][0], "LabelEnc": TRAINING["step 2"][0]}
-    steps = {name: inference_step(args, config_file) for name, config_file in models.items()}
-    seconds = measure(steps, 2 * args.rounds, args.device)
-    print_table(
-        ("inference", "s", "ratio to plain"),
-        [ratio_row(name, seconds[name], seconds[PLAIN]) for name in models],
-    )
+    for detector in args.detectors:
+        models = {PLAIN: TRAINING[PLAIN][0], "LabelEnc": TRAINING["step 2"][0]}
+        steps = {name: inference_step(args, file.format(detector)) for name, file in models.items()}
+        seconds = measure(steps, 2 * args.rounds, args.device)
+        print_table(
+            (f"{detector} R-50 inference", "s", "ratio to plain"),
+            [ratio_row(name, seconds[name], seconds[PLAIN]) for name in models],
+        )
 
     for title, steps in (
         ("drawing a label map", drawing_steps(args)),

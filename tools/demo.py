@@ -17,21 +17,23 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.modeling import build_model
 from detectron2.utils.visualizer import Visualizer
 
-from labelenc import LabelMapDatasetMapper, add_labelenc_config
-from labelenc.pictures import feature_picture, label_map_picture
-from plaindet import add_plaindet_config
+from labelenc import read_config
+from labelenc.pictures import (
+    draw_encoding,
+    draw_features,
+    ground_truth_picture,
+    label_map_picture,
+    picture_mapper,
+    save_sheet,
+)
 from plaindet.data import find_coco_folder, register_coco_format
 from plaindet.engine.checks import thing_classes
 
@@ -42,6 +44,7 @@ RUNS = {
     "step1": "retinanet_R_18_labelenc_step1.yaml",
     "step2": "retinanet_R_18_labelenc_step2.yaml",
 }
+TITLES = {"baseline": "baseline", "step1": "LabelEnc step 1", "step2": "LabelEnc step 2"}
 NUM_PICTURES = 4
 SCORE_THRESHOLD = 0.3
 # The finest level: on images this small it has the size that the paper's second level has there.
@@ -91,13 +94,8 @@ def train(output: Path, name: str, dataset: list[str]) -> None:
     minutes_file.write_text(json.dumps((time.time() - start) / 60))
 
 
-def read_cfg(output: Path, name: str, dataset: list[str]) -> CfgNode:
-    cfg = get_cfg()
-    add_plaindet_config(cfg)
-    add_labelenc_config(cfg)
-    cfg.merge_from_file(str(CONFIGS / RUNS[name]))
-    cfg.merge_from_list(run_overrides(output, name, dataset))
-    return cfg
+def read_run_config(output: Path, name: str, dataset: list[str]) -> CfgNode:
+    return read_config(CONFIGS / RUNS[name], run_overrides(output, name, dataset))
 
 
 def load_model(cfg: CfgNode, name: str = "model_final.pth") -> torch.nn.Module:
@@ -116,67 +114,35 @@ def read_metrics(folder: Path) -> dict:
     return {key: value for line in lines for key, value in json.loads(line).items()}
 
 
-def save_sheet(path: Path, columns: list[str], rows: list[list]) -> None:
-    """Writes a PNG with one row of pictures for each image."""
-    figure, axes = plt.subplots(
-        len(rows), len(columns), figsize=(3 * len(columns), 3 * len(rows)), squeeze=False
-    )
-    for axis, title in zip(axes[0], columns):
-        axis.set_title(title)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axes_row, pictures in zip(axes, rows):
-        for axis, picture in zip(axes_row, pictures):
-            axis.imshow(picture)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
 @torch.no_grad()
 def draw_pictures(output: Path, cfgs: dict[str, CfgNode]) -> None:
     """Label maps, feature maps as in Fig. 3 of the paper, and detections of validation images."""
-    cfg = cfgs["step2"].clone()
-    cfg.INPUT.RANDOM_FLIP = "none"
-    cfg.INPUT.MIN_SIZE_TRAIN = (cfg.INPUT.MIN_SIZE_TEST,)
-    mapper = LabelMapDatasetMapper(cfg, is_train=True)
+    cfg = cfgs["step2"]
+    mapper = picture_mapper(cfg)
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
     dataset_dicts = [d for d in DatasetCatalog.get(cfg.DATASETS.TEST[0]) if d["annotations"]]
-    models = {name: load_model(cfgs[name]) for name in RUNS}
+    models = {TITLES[name]: load_model(cfgs[name]) for name in RUNS}
+    label_encoder = models[TITLES["step2"]].label_encoder
 
     label_maps, features, detections = [], [], []
     for dataset_dict in dataset_dicts[:: max(len(dataset_dicts) // NUM_PICTURES, 1)][:NUM_PICTURES]:
         inputs = mapper(dataset_dict)
+        label_map = inputs["label_map"]
         image = convert_image_to_rgb(inputs["image"].permute(1, 2, 0), cfg.INPUT.FORMAT)
-        label_maps.append([image, label_map_picture(image, inputs["label_map"])])
-        features.append([image, *(draw_features(model, inputs) for model in models.values())])
-        features[-1].append(draw_encoding(models["step2"], inputs))
+        label_maps.append([("image", image), ("label map", label_map_picture(image, label_map))])
 
-        truth = Visualizer(image, metadata, scale=3).overlay_instances(
-            boxes=inputs["instances"].gt_boxes,
-            labels=[metadata.thing_classes[c] for c in inputs["instances"].gt_classes],
-        )
-        found = [draw_detections(model, inputs, image, metadata) for model in models.values()]
-        detections.append([truth.get_image(), *found])
+        features.append([("image", image)])
+        truth = ground_truth_picture(image, inputs["instances"], metadata.thing_classes)
+        detections.append([("ground truth", truth)])
+        for title, model in models.items():
+            features[-1].append((title, draw_features(model, inputs, [LEVEL])[0]))
+            detections[-1].append((title, draw_detections(model, inputs, image, metadata)))
+        encoding = draw_encoding(label_encoder, label_map, [LEVEL])[0]
+        features[-1].append(("label encoding h(y)", encoding))
 
-    save_sheet(output / "label_maps.png", ["image", "label map"], label_maps)
-    titles = ["baseline", "LabelEnc step 1", "LabelEnc step 2"]
-    save_sheet(output / "features.png", ["image", *titles, "label encoding h(y)"], features)
-    save_sheet(output / "detections.png", ["ground truth", *titles], detections)
-
-
-def draw_features(model, inputs):
-    images = model.preprocess_image([inputs])
-    stride = model.backbone.output_shape()[LEVEL].stride
-    size = inputs["image"].shape[-2:]
-    return feature_picture(model.backbone(images.tensor)[LEVEL][0], stride, size)
-
-
-def draw_encoding(model, inputs):
-    label_maps = model.preprocess_label_maps([inputs], model.preprocess_image([inputs]))
-    stride = model.backbone.output_shape()[LEVEL].stride
-    size = inputs["image"].shape[-2:]
-    return feature_picture(model.label_encoder(label_maps)[LEVEL][0], stride, size)
+    save_sheet(output / "label_maps.png", label_maps)
+    save_sheet(output / "features.png", features)
+    save_sheet(output / "detections.png", detections)
 
 
 def draw_detections(model, inputs, image, metadata):
@@ -258,7 +224,7 @@ def main():
     dataset = dataset_overrides(args.dataset)
     for name in RUNS:
         train(output, name, dataset)
-    cfgs = {name: read_cfg(output, name, dataset) for name in RUNS}
+    cfgs = {name: read_run_config(output, name, dataset) for name in RUNS}
     draw_pictures(output, cfgs)
     report = write_report(output, cfgs)
     print(f"\n{report.read_text()}\nReport: {report}")

@@ -33,7 +33,7 @@ def assert_golden(actual, golden, key, rtol=1e-5):
 
 
 def official_name(key):
-    """The official name of a parameter of LabelEncRetinaNet."""
+    """The official name of a parameter of a dense LabelEnc detector."""
     for pattern, replacement in (
         (r"^training_only\.", ""),
         (r"^label_encoder\.", "label_encoding_function."),
@@ -56,6 +56,8 @@ def official_name(key):
         (r"^head\.bbox_subnet", "rpn.head.bbox_tower"),
         (r"^head\.cls_score", "rpn.head.cls_logits"),
         (r"^head\.bbox_pred", "rpn.head.bbox_pred"),
+        (r"^head\.ctrness", "rpn.head.centerness"),
+        (r"^head\.scales\.(\d)", r"rpn.head.scales.\1.scale"),
     ):
         key = re.sub(pattern, replacement, key)
     key = re.sub(r"backbone\.body\.res(\d)", lambda m: f"backbone.body.layer{int(m[1]) - 1}", key)
@@ -71,8 +73,17 @@ def fill(module, prefix=""):
     """Gives every parameter and buffer the values that the recipe makes from its official name."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if not name.startswith(("pixel_", "anchor_generator")):
-            values = recipe_tensor(official_name(prefix + name), tuple(tensor.shape))
-            tensor.copy_(torch.from_numpy(values))
+            for key, part in official_tensors(prefix + name, tensor):
+                values = recipe_tensor(key, tuple(part.shape))
+                part.copy_(torch.from_numpy(values))
+
+
+def official_tensors(name, tensor):
+    """The official names of a parameter and what belongs to them; there, the factor of each level
+    is a parameter of its own."""
+    if name == "head.scales":
+        return [(official_name(f"{name}.{i}"), tensor[i : i + 1]) for i in range(len(tensor))]
+    return [(official_name(name), tensor)]
 
 
 def inputs(golden, tag):

@@ -1,8 +1,23 @@
+import cv2
 import numpy as np
+import pytest
 import torch
+import torch.nn.functional as F
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
 
 from labelenc import LabelMap
-from labelenc.pictures import feature_picture, label_map_picture
+from labelenc.pictures import (
+    DPI,
+    PANEL_INCHES,
+    draw_encoding,
+    draw_features,
+    feature_picture,
+    ground_truth_picture,
+    label_map_picture,
+    picture_mapper,
+    save_sheet,
+)
 
 
 def test_label_map_picture():
@@ -29,3 +44,107 @@ def test_feature_picture():
     assert (picture == expected[..., None]).all()
     constant = feature_picture(torch.ones(2, 2, 3), stride=4, image_size=(8, 12))
     assert (constant == 0).all()
+
+
+def norm_picture(feature, stride, height, width):
+    """The picture of a (C, Hi, Wi) feature map, in NumPy."""
+    intensity = np.sqrt((feature.numpy().astype(np.float64) ** 2).sum(axis=0))
+    intensity = np.kron(intensity, np.ones((stride, stride)))[:height, :width]
+    intensity = (intensity - intensity.min()) / (intensity.max() - intensity.min())
+    return 255 * np.stack([intensity] * 3, axis=2)
+
+
+@torch.no_grad()
+def test_draw_features_and_encoding(make_cfg):
+    """Levels of an image that needs padding: 64 x 80 pixels, and 32 pixels a position of p5."""
+    cfg = make_cfg("quick/retinanet_R_18_labelenc_step2.yaml")
+    model = build_model(cfg).eval()
+    inputs = picture_mapper(cfg)(DatasetCatalog.get("tiny_val")[0])
+    image = F.pad((inputs["image"] - model.pixel_mean) / model.pixel_std, (0, 16))
+    features = model.backbone(image[None])
+    dense = F.pad(inputs["label_map"].to_dense(3), (0, 16))
+    encodings = model.label_encoder(dense[None])
+
+    pictures = draw_features(model, inputs, ["p3", "p5"])
+    encoding_pictures = draw_encoding(model.label_encoder, inputs["label_map"], ["p3", "p5"])
+    for i, (level, stride) in enumerate([("p3", 8), ("p5", 32)]):
+        expected = norm_picture(features[level][0], stride, 64, 80)
+        np.testing.assert_allclose(pictures[i], expected, atol=0.6)
+        expected = norm_picture(encodings[level][0], stride, 64, 80)
+        np.testing.assert_allclose(encoding_pictures[i], expected, atol=0.6)
+
+    levels = "There is no level p2: the levels are p3, p4, p5, p6, p7"
+    with pytest.raises(ValueError, match=levels):
+        draw_features(model, inputs, ["p2"])
+    with pytest.raises(ValueError, match=levels):
+        draw_encoding(model.label_encoder, inputs["label_map"], ["p2"])
+    unknown = LabelMap(torch.tensor([3]), torch.ones(1, 64, 80))
+    with pytest.raises(ValueError, match="NUM_CLASSES"):
+        draw_encoding(model.label_encoder, unknown, ["p3"])
+
+
+def test_picture_mapper(make_cfg):
+    """An image as in inference, whatever training does; with `augment`, what step 1 draws."""
+    cfg = make_cfg("quick/retinanet_R_18_labelenc_step1.yaml")
+    cfg.INPUT.CROP.ENABLED = True
+    cfg.INPUT.MIN_SIZE_TRAIN = (32, 48)
+    cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = "range"
+    cfg.freeze()
+    dataset_dict = DatasetCatalog.get("tiny_val")[0]
+    image = cv2.imread(dataset_dict["file_name"])
+    plain = picture_mapper(cfg)
+    for _ in range(5):
+        inputs = plain(dataset_dict)
+        assert (inputs["image"].permute(1, 2, 0).numpy() == image).all()
+        values = inputs["label_map"].values
+        assert (values[values > 0] >= 0.5).all()
+
+    random = picture_mapper(cfg, augment=True)
+    drawn = [random(dataset_dict) for _ in range(8)]
+    assert len({tuple(inputs["image"].shape) for inputs in drawn}) > 1
+    values = torch.cat([inputs["label_map"].values.flatten() for inputs in drawn])
+    assert ((values > 0) & (values < 0.5)).any()
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_ground_truth_picture(make_cfg, masks):
+    """Boxes leave the inside of an object as it is, masks do not; an empty image stays."""
+    cfg = make_cfg("quick/retinanet_R_18_labelenc_step2.yaml", "MODEL.MASK_ON", masks)
+    # The last image has a crowd alone, which is no object.
+    first, *_, empty = (picture_mapper(cfg)(d) for d in DatasetCatalog.get("tiny_val"))
+    image = np.full((64, 80, 3), 128, dtype=np.uint8)
+    picture = ground_truth_picture(image, first["instances"], ["red", "green", "blue"], masks)
+    assert picture.shape == (384, 480, 3)
+    x0, y0, x1, y1 = first["instances"].gt_boxes.tensor[0].tolist()
+    center = picture[round(3 * (y0 + y1)), round(3 * (x0 + x1))]
+    assert (center == 128).all() == (not masks)
+    assert (picture != 128).any()
+    assert (ground_truth_picture(image, empty["instances"], ["red"], masks) == 128).all()
+
+
+def test_save_sheet(tmp_path):
+    """Panels lie at their places, upright, in their colours; a row may be shorter than others."""
+    red, blue = (
+        np.full((40, 80, 3), color, dtype=np.uint8) for color in [(255, 0, 0), (0, 0, 255)]
+    )
+    red[:20] = 0
+    tall = np.full((160, 80, 3), (0, 255, 0), dtype=np.uint8)
+    rows = [[("a", red), ("a title " * 9, blue), ("c", red)], [("d", tall)]]
+    save_sheet(tmp_path / "sheet.png", rows)
+    sheet = cv2.imread(str(tmp_path / "sheet.png"))[..., ::-1]
+    panel = int(PANEL_INCHES * DPI)
+    assert sheet.shape[1] == 3 * panel
+    assert 2.5 * panel < sheet.shape[0] < 2.8 * panel
+
+    def area(color):
+        rows, columns = np.nonzero((sheet == color).all(axis=2))
+        return [
+            rows.min() / panel,
+            rows.max() / panel,
+            columns.min() / panel,
+            columns.max() / panel,
+        ]
+
+    assert area((0, 0, 255)) == pytest.approx([0.15, 0.65, 1, 2], abs=0.15)
+    assert area((255, 0, 0)) == pytest.approx([0.4, 0.65, 0, 3], abs=0.15)
+    assert area((0, 255, 0)) == pytest.approx([0.7, 2.7, 0, 1], abs=0.15)

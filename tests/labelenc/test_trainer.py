@@ -9,7 +9,7 @@ from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultPredictor, HookBase, launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from detectron2.utils.analysis import FlopCountAnalysis, find_unused_parameters
+from detectron2.utils.analysis import FlopCountAnalysis
 from detectron2.utils.events import EventStorage
 
 from labelenc import LabelEncTrainer
@@ -188,37 +188,6 @@ def test_step2_cut_off_reaches_forked_workers(step2_cfg):
     trainer.mapper.stop_label_maps()
     prefetched = 4  # batches that the worker may have had ready
     assert any("label_map" not in next(batches)[0] for _ in range(prefetched))
-
-
-def test_step2_after_cut_off_is_plain(step2_cfg, make_cfg):
-    """Losses and gradients of the plain detector, from inputs without label maps."""
-    trainer = LabelEncTrainer(step2_cfg)
-    model = trainer.plain_model
-    model.distance_enabled = False
-    plain = build_model(make_cfg("quick/retinanet_R_18_baseline.yaml")).train()
-    plain.load_state_dict(model.state_dict())
-    trainer.mapper.stop_label_maps()
-    batch = next(iter(trainer.data_loader))
-    losses = []
-    for detector in (plain, model):
-        with EventStorage():
-            losses.append(detector(batch))
-        sum(losses[-1].values()).backward()
-    assert losses[1].pop("loss_distance") == 0
-    assert equal(*losses)
-    for (name, parameter), expected in zip(model.named_parameters(), plain.parameters()):
-        assert torch.equal(parameter.grad, expected.grad), name
-
-
-@pytest.mark.parametrize("config_file", [STEP1, STEP2])
-@pytest.mark.parametrize("distance_enabled", [True, False])
-def test_no_unused_parameters(make_cfg, config_file, distance_enabled):
-    trainer = LabelEncTrainer(make_cfg(config_file))
-    trainer.plain_model.distance_enabled = distance_enabled
-    with EventStorage():
-        unused = find_unused_parameters(trainer.model, next(iter(trainer.data_loader)))
-    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
-    assert not trained & set(unused)
 
 
 def test_loss_normalizer_moves_once(make_cfg):

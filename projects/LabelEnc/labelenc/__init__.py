@@ -1,19 +1,22 @@
 """LabelEnc: a label encoding function as auxiliary supervision of a detector's backbone."""
 
-from .config import add_labelenc_config
+from .config import add_labelenc_config, read_config
 from .dataset_mapper import LabelMapDatasetMapper
-from .dense import LabelEncDenseDetector, LabelEncRetinaNet
+from .dense import LabelEncDenseDetector, LabelEncFCOS, LabelEncRetinaNet
 from .detector import LabelEncDetector
 from .distance import FeatureAdapter, feature_distance
 from .label_encoder import LabelEncoder, build_label_encoder
 from .label_map import LabelMap
 from .step1_file import inherit_step1_file, save_step1_file
 from .trainer import LabelEncTrainer
+from .two_stage import LabelEncGeneralizedRCNN
 
 __all__ = [
     "FeatureAdapter",
     "LabelEncDenseDetector",
     "LabelEncDetector",
+    "LabelEncFCOS",
+    "LabelEncGeneralizedRCNN",
     "LabelEncRetinaNet",
     "LabelEncTrainer",
     "LabelEncoder",
@@ -23,5 +26,6 @@ __all__ = [
     "build_label_encoder",
     "feature_distance",
     "inherit_step1_file",
+    "read_config",
     "save_step1_file",
 ]

@@ -1,4 +1,29 @@
-from detectron2.config import CfgNode
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode, get_cfg
+
+from plaindet import add_plaindet_config
+from plaindet.data import register_coco_format
+
+
+def read_config(config_file: str | os.PathLike, overrides: Sequence[str] = ()) -> CfgNode:
+    """Reads a config with the keys of Detectron2, plaindet and LabelEnc, and registers the data
+    sets of its DATASETS.COCO_FORMAT.
+
+    Args:
+        config_file: yaml.
+        overrides: KEY VALUE pairs.
+    """
+    cfg = get_cfg()
+    add_plaindet_config(cfg)
+    add_labelenc_config(cfg)
+    cfg.merge_from_file(str(config_file))
+    cfg.merge_from_list(list(overrides))
+    register_coco_format(cfg.DATASETS.COCO_FORMAT)
+    return cfg
 
 
 def add_labelenc_config(cfg: CfgNode) -> None:
@@ -10,15 +35,26 @@ def add_labelenc_config(cfg: CfgNode) -> None:
     cfg.MODEL.LABELENC.STEP = 1
     # Step 2: the label_encoder.pth that a step-1 run writes into its OUTPUT_DIR.
     cfg.MODEL.LABELENC.STEP1_FILE = ""
+    # Step 2: whether the head and the FPN start from step 1 ("initialization" in Table 5).
+    cfg.MODEL.LABELENC.INHERIT = True
     # What the label map is drawn from: "boxes", or "masks" (needs MODEL.MASK_ON).
     cfg.MODEL.LABELENC.LABEL_MAP = "boxes"
-    # Step 1: lambda_1 of Eq. 9, the weight of the detection loss L2.
+    # Step 1: lambda_1 of Eq. 9, the weight of the detection loss L2. With LAMBDA1 and LAMBDA2 0,
+    # the reconstruction loss L1 is all that is trained (Table 2), without the image branch.
     cfg.MODEL.LABELENC.LAMBDA1 = 1.0
     # Step 1: lambda_2 of Eq. 9, the weight of the distance L3.
     cfg.MODEL.LABELENC.LAMBDA2 = 1.0
-    # Step 2: lambda of Eq. 7, the weight of the auxiliary loss.
+    # Step 2: lambda of Eq. 7, the weight of the auxiliary loss ("supervision" in Table 5).
     cfg.MODEL.LABELENC.LAMBDA = 1.0
     # Step 1: the first iterations, which train without L3. They count towards SOLVER.MAX_ITER.
     cfg.MODEL.LABELENC.WARMUP_ITERS = 30000
     # Step 2: the last iterations, which train without the auxiliary loss.
     cfg.MODEL.LABELENC.CUTOFF_ITERS = 10000
+
+    # Step 2 with a trained detector instead of the label encoder ("vanilla KD" in Table 6): its
+    # config file (Detectron2's and plaindet's keys), its weights and overrides of its config. Its
+    # features supervise, and the head and the FPN start from its own.
+    cfg.MODEL.LABELENC.TEACHER = CfgNode()
+    cfg.MODEL.LABELENC.TEACHER.CONFIG_FILE = ""
+    cfg.MODEL.LABELENC.TEACHER.WEIGHTS = ""
+    cfg.MODEL.LABELENC.TEACHER.OPTS = []

@@ -5,6 +5,8 @@ from __future__ import annotations
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 
+from plaindet.modeling import FCOS
+
 from .detector import LabelEncDetector
 
 
@@ -18,7 +20,7 @@ class LabelEncDenseDetector(LabelEncDetector):
         return self.forward_training(images, features, self.head(features), gt_instances)
 
     def reconstruction_losses(self, images, encodings, gt_instances):
-        self._holds_loss_normalizer = True
+        self._holds_loss_normalizer = self.trains_image_branch
         try:
             return super().reconstruction_losses(images, encodings, gt_instances)
         finally:
@@ -34,3 +36,8 @@ class LabelEncDenseDetector(LabelEncDetector):
 @META_ARCH_REGISTRY.register()
 class LabelEncRetinaNet(LabelEncDenseDetector, RetinaNet):
     """RetinaNet trained with LabelEnc."""
+
+
+@META_ARCH_REGISTRY.register()
+class LabelEncFCOS(LabelEncDenseDetector, FCOS):
+    """FCOS trained with LabelEnc."""

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from detectron2.config import configurable
 from detectron2.data.detection_utils import convert_image_to_rgb
-from detectron2.modeling import FPN
+from detectron2.modeling import FPN, Backbone
 from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from plaindet.modeling import TrainingOnlyModules
+from plaindet.modeling import Teacher, TrainingOnlyModules
 
 from .distance import FeatureAdapter, feature_distance
 from .label_encoder import build_label_encoder
@@ -37,7 +37,7 @@ class LabelEncDetector(TrainingOnlyModules):
     def __init__(
         self,
         *,
-        label_encoder: FPN,
+        label_encoder: FPN | None,
         step: int,
         lambda1: float = 1.0,
         lambda2: float = 1.0,
@@ -46,7 +46,8 @@ class LabelEncDetector(TrainingOnlyModules):
     ):
         """
         Args:
-            label_encoder: h(y; psi), see :func:`build_label_encoder`.
+            label_encoder: h(y; psi), see :func:`build_label_encoder`. None where a teacher
+                supervises, see :meth:`set_teacher`.
             step: 1 or 2.
             lambda1, lambda2: weights of L2 and L3 in step 1 (Eq. 9).
             lambda_: weight of the auxiliary loss in step 2 (Eq. 7).
@@ -58,31 +59,41 @@ class LabelEncDetector(TrainingOnlyModules):
         super().__init__(**detector)
         if step not in (1, 2):
             raise ValueError(f"MODEL.LABELENC.STEP is {step}, expected 1 or 2")
-        if label_encoder.output_shape() != self.backbone.output_shape():
+        if step == 1 and label_encoder is None:
             raise ValueError(
-                f"The label encoder's features are {label_encoder.output_shape()}, the "
-                f"detector's {self.backbone.output_shape()}: they have to be equal"
+                "MODEL.LABELENC.STEP is 1, which trains the label encoder. A teacher "
+                "(MODEL.LABELENC.TEACHER) takes its place in step 2"
             )
         self.step = step
         self.lambda1 = lambda1
         self.distance_weight = lambda2 if step == 1 else lambda_
         # Whether L3 counts in this iteration: set by the trainer's hook.
         self.distance_enabled = True
-        channels = next(iter(label_encoder.output_shape().values())).channels
-        self.training_only = nn.ModuleDict(
-            {"label_encoder": label_encoder, "feature_adapter": FeatureAdapter(channels)}
-        )
-        # Step 2 takes psi* as a constant.
-        label_encoder.requires_grad_(step == 1)
+        # Without L2 and L3 nothing is trained on images (Table 2, "reconstruction loss only").
+        self.trains_image_branch = step == 2 or lambda1 != 0 or lambda2 != 0
+        self._teacher = None
+
+        channels = next(iter(self.backbone.output_shape().values())).channels
+        self.training_only = nn.ModuleDict({"feature_adapter": FeatureAdapter(channels)})
+        if label_encoder is not None:
+            self._check_features("The label encoder", label_encoder)
+            # Step 2 takes psi* as a constant.
+            self.training_only["label_encoder"] = label_encoder.requires_grad_(step == 1)
+        if not self.trains_image_branch:
+            self.backbone.requires_grad_(False)
+            self.feature_adapter.requires_grad_(False)
 
     @classmethod
     def from_config(cls, cfg):
         detector = super().from_config(cfg)
+        label_encoder = None
+        if not cfg.MODEL.LABELENC.TEACHER.CONFIG_FILE:
+            label_encoder = build_label_encoder(
+                detector["backbone"], cls.num_label_classes(detector), cfg.MODEL.FPN.NORM
+            )
         return {
             **detector,
-            "label_encoder": build_label_encoder(
-                detector["backbone"], cls.num_label_classes(detector), cfg.MODEL.FPN.NORM
-            ),
+            "label_encoder": label_encoder,
             "step": cfg.MODEL.LABELENC.STEP,
             "lambda1": cfg.MODEL.LABELENC.LAMBDA1,
             "lambda2": cfg.MODEL.LABELENC.LAMBDA2,
@@ -95,20 +106,41 @@ class LabelEncDetector(TrainingOnlyModules):
         return detector["num_classes"]
 
     @property
-    def label_encoder(self) -> FPN:
+    def label_encoder(self) -> FPN | None:
         """h(.; psi): from label maps to features like the backbone's."""
-        return self.training_only["label_encoder"]
+        return getattr(self.training_only, "label_encoder", None)
 
     @property
     def feature_adapter(self) -> FeatureAdapter:
         """A(.; phi) of Eq. 10."""
         return self.training_only["feature_adapter"]
 
+    @property
+    def teacher(self) -> Teacher | None:
+        """The detector whose features take the place of h(y) in "vanilla KD" (Sec. 4.4)."""
+        return self._teacher
+
+    def set_teacher(self, teacher: Teacher) -> None:
+        """Supervises step 2 with a trained detector, and not with the label encoder.
+
+        Raises:
+            ValueError: its features are unlike the detector's.
+        """
+        self._check_features("The teacher", teacher.model.backbone)
+        self._teacher = teacher
+
+    def _check_features(self, name: str, network: Backbone) -> None:
+        if network.output_shape() != self.backbone.output_shape():
+            raise ValueError(
+                f"{name}'s features are {network.output_shape()}, the detector's "
+                f"{self.backbone.output_shape()}: they have to be equal"
+            )
+
     def train(self, mode: bool = True):
         """As the plain detector; in step 2 the label encoder stays in eval mode, so that norms in
         its FPN are constant too."""
         super().train(mode)
-        if self.step == 2:
+        if self.step == 2 and self.label_encoder is not None:
             self.label_encoder.eval()
         return self
 
@@ -143,26 +175,38 @@ class LabelEncDetector(TrainingOnlyModules):
             return super().forward(batched_inputs)
         images = self.preprocess_image(batched_inputs)
         gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
-        features = self.backbone(images.tensor)
-        losses = self.losses_from_features(images, features, gt_instances)
+        losses, features, encodings = {}, None, None
+        if self.trains_image_branch:
+            features = self.backbone(images.tensor)
+            losses = self.losses_from_features(images, features, gt_instances)
 
-        encodings = None
         if self.step == 1:
-            label_maps = self.preprocess_label_maps(batched_inputs, images)
-            encodings = self.label_encoder(label_maps)
             losses = {name: self.lambda1 * loss for name, loss in losses.items()}  # L2
-            reconstruction = self.reconstruction_losses(images, encodings, gt_instances)  # L1
+            encodings = self.encode(batched_inputs, images)
+            with get_event_storage().name_scope("reconstruction"):
+                reconstruction = self.reconstruction_losses(images, encodings, gt_instances)  # L1
             for name, loss in reconstruction.items():
                 losses["loss_reconstruction_" + name.removeprefix("loss_")] = loss
         elif self.distance_enabled:
-            label_maps = self.preprocess_label_maps(batched_inputs, images)
             with torch.no_grad():
-                encodings = self.label_encoder(label_maps)
+                encodings = self.encode(batched_inputs, images)
 
-        losses["loss_distance"] = self.distance_loss(features, encodings)  # L3
-        if encodings is not None:
-            self._visualize(batched_inputs, label_maps, features, encodings)
+        if self.trains_image_branch:
+            losses["loss_distance"] = self.distance_loss(features, encodings)  # L3
+            if encodings is not None:
+                self._visualize(batched_inputs, features, encodings)
         return losses
+
+    def encode(self, batched_inputs: list[dict], images: ImageList) -> dict[str, torch.Tensor]:
+        """h(y) of the batch, or the teacher's features in its place."""
+        if self.teacher is not None:
+            return self.teacher.features(batched_inputs, self.input_format, self.device)
+        if self.label_encoder is None:
+            raise RuntimeError(
+                f"{type(self).__name__} was built without a label encoder, and set_teacher was not "
+                "called"
+            )
+        return self.label_encoder(self.preprocess_label_maps(batched_inputs, images))
 
     def distance_loss(
         self, features: dict[str, torch.Tensor], encodings: dict[str, torch.Tensor] | None
@@ -191,14 +235,16 @@ class LabelEncDetector(TrainingOnlyModules):
             label_maps.append(inputs["label_map"].to(self.device).pad(images.tensor.shape[-2:]))
         return label_maps
 
-    def _visualize(self, batched_inputs, label_maps, features, encodings) -> None:
+    def _visualize(self, batched_inputs, features, encodings) -> None:
         """Every VIS_PERIOD iterations, the first image's label map and features to the storage."""
         storage = get_event_storage()
         if self.vis_period <= 0 or storage.iter % self.vis_period != 0:
             return
         image = batched_inputs[0]["image"]
-        rgb = convert_image_to_rgb(image.permute(1, 2, 0), self.input_format)
-        storage.put_image("label_map", label_map_picture(rgb, label_maps[0]).transpose(2, 0, 1))
+        if self.teacher is None:
+            rgb = convert_image_to_rgb(image.permute(1, 2, 0), self.input_format)
+            picture = label_map_picture(rgb, batched_inputs[0]["label_map"])
+            storage.put_image("label_map", picture.transpose(2, 0, 1))
         level = list(encodings)[min(1, len(encodings) - 1)]
         stride = self.backbone.output_shape()[level].stride
         pictures = [

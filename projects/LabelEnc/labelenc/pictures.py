@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import colorsys
+import math
+import os
+import textwrap
+
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.modeling import FPN
+from detectron2.structures import Instances
 
+from .dataset_mapper import LabelMapDatasetMapper
 from .label_map import LabelMap
+
+PANEL_INCHES = 3.5  # width of a picture in a sheet
+DPI = 100
 
 
 def label_map_picture(image: np.ndarray, label_map: LabelMap) -> np.ndarray:
@@ -44,6 +56,123 @@ def feature_picture(feature: torch.Tensor, stride: int, image_size: tuple[int, i
     intensity = intensity[: image_size[0], : image_size[1]].cpu().numpy()
     spread = max(intensity.max() - intensity.min(), 1e-12)
     return _gray((intensity - intensity.min()) / spread)
+
+
+def picture_mapper(cfg: CfgNode, augment: bool = False) -> LabelMapDatasetMapper:
+    """A mapper whose images are those of inference, with their label map where they have
+    annotations; with `augment`, a mapper of step 1 with all that it does at random."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.LABELENC.STEP = 1 if augment else 2
+    if not augment:
+        cfg.INPUT.RANDOM_FLIP = "none"
+        cfg.INPUT.CROP.ENABLED = False
+        cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = "choice"
+        cfg.INPUT.MIN_SIZE_TRAIN = (cfg.INPUT.MIN_SIZE_TEST,)
+        cfg.INPUT.MAX_SIZE_TRAIN = cfg.INPUT.MAX_SIZE_TEST
+    return LabelMapDatasetMapper(cfg, is_train=True)
+
+
+@torch.no_grad()
+def draw_features(model: torch.nn.Module, inputs: dict, levels: list[str]) -> list[np.ndarray]:
+    """Draws levels of the features f(I) that a detector finds in one image.
+
+    Args:
+        model: a Detectron2 detector in eval mode, plain or with LabelEnc.
+        inputs: of the mapper.
+        levels: names of the backbone's outputs.
+
+    Raises:
+        ValueError: an unknown level.
+    """
+    features = model.backbone(model.preprocess_image([inputs]).tensor)
+    return _draw_levels(model.backbone, features, levels, inputs["image"].shape[-2:])
+
+
+@torch.no_grad()
+def draw_encoding(label_encoder: FPN, label_map: LabelMap, levels: list[str]) -> list[np.ndarray]:
+    """Draws levels of the label encoding h(y) of one image.
+
+    Args:
+        label_encoder: see :func:`build_label_encoder`.
+        label_map: at the image's size (not padded).
+        levels: names of the encoder's outputs.
+
+    Raises:
+        ValueError: an unknown level, or a class that the label encoder does not know.
+    """
+    label_map.check_classes(label_encoder.bottom_up.num_classes)
+    size = label_map.values.shape[-2:]
+    multiple = label_encoder.size_divisibility
+    padded = label_map.pad(tuple(multiple * math.ceil(length / multiple) for length in size))
+    encodings = label_encoder([padded.to(next(label_encoder.parameters()).device)])
+    return _draw_levels(label_encoder, encodings, levels, size)
+
+
+def _draw_levels(fpn, features, levels, image_size) -> list[np.ndarray]:
+    shapes = fpn.output_shape()
+    for level in levels:
+        if level not in shapes:
+            raise ValueError(f"There is no level {level}: the levels are {', '.join(shapes)}")
+    return [
+        feature_picture(features[level][0], shapes[level].stride, image_size) for level in levels
+    ]
+
+
+def ground_truth_picture(
+    image: np.ndarray, instances: Instances, class_names: list[str], masks: bool = False
+) -> np.ndarray:
+    """Draws the boxes of the ground truth, or its masks, with their classes over an image, in a
+    colour for each class.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        instances: of the mapper.
+        class_names: of all classes.
+        masks: draw `gt_masks` and not `gt_boxes`.
+
+    Returns:
+        uint8 RGB; a small image is enlarged.
+    """
+    # Here, and not above: it imports matplotlib, which training does not need.
+    from detectron2.utils.visualizer import Visualizer
+
+    # The mapper gives an image without objects no masks.
+    objects = "gt_masks" if masks and instances.has("gt_masks") else "gt_boxes"
+    visualizer = Visualizer(image, scale=max(1, 480 / image.shape[1]))
+    drawn = visualizer.overlay_instances(
+        labels=[class_names[c] for c in instances.gt_classes],
+        # The golden ratio keeps the hues of any number of classes apart.
+        assigned_colors=[
+            colorsys.hsv_to_rgb(0.618 * c % 1, 1, 1) for c in instances.gt_classes.tolist()
+        ],
+        **{objects.removeprefix("gt_"): instances.get(objects)},
+    )
+    return drawn.get_image()
+
+
+def save_sheet(path: str | os.PathLike, rows: list[list[tuple[str, np.ndarray]]]) -> None:
+    """Writes a PNG with rows of pictures, each a (title, (H, W, 3) uint8 RGB)."""
+    # Here, and not above: training does not need it.
+    from matplotlib.figure import Figure
+
+    columns = max(len(row) for row in rows)
+    heights = [max(picture.shape[0] / picture.shape[1] for _, picture in row) for row in rows]
+    titles = 0.4 * len(rows)
+    figure = Figure(
+        figsize=(PANEL_INCHES * columns, PANEL_INCHES * sum(heights) + titles), layout="constrained"
+    )
+    figure.get_layout_engine().set(h_pad=0.1)
+    axes = figure.subplots(
+        len(rows), columns, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axes_row, row in zip(axes, rows):
+        for axis, (title, picture) in zip(axes_row, row):
+            axis.set_title(textwrap.fill(title, 30))
+            axis.imshow(picture)
+    figure.savefig(path, dpi=DPI)
 
 
 def _heat(value: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ import os
 
 import torch
 from detectron2.utils.file_io import PathManager
+from torch import nn
 
 from .detector import LabelEncDetector
 
@@ -40,23 +41,39 @@ def describe(model: LabelEncDetector) -> dict:
 def save_step1_file(model: LabelEncDetector, path: str) -> None:
     """Writes the step-1 file of a model in training to `path`; a file there is replaced at once,
     so that it is whole whenever the run is killed."""
+    encoder = model.label_encoder.state_dict()
+    write_step1_file(path, describe(model), encoder, _head_state_dict(model))
+
+
+def write_step1_file(
+    path: str,
+    description: dict,
+    label_encoder: dict[str, torch.Tensor],
+    head: dict[str, torch.Tensor],
+) -> None:
+    """Writes a step-1 file from its parts, named at the top of this module; as above at once."""
     data = {
         "version": VERSION,
-        "description": describe(model),
-        "label_encoder": model.label_encoder.state_dict(),
-        "head": _head_state_dict(model),
+        "description": description,
+        "label_encoder": label_encoder,
+        "head": head,
     }
     unfinished = path + ".unfinished"
     torch.save(data, unfinished)
     os.replace(unfinished, path)
 
 
-def inherit_step1_file(model: LabelEncDetector, path: str) -> None:
+def inherit_step1_file(model: LabelEncDetector, path: str, with_detector: bool = True) -> None:
     """Initialises step 2: the label encoder and the head from the step-1 file, and the detector's
     FPN from the *encoder's* FPN, as the official implementation does.
 
     Layers whose shape differs (FPN laterals on a backbone of other widths, say) keep their
     initialisation and are named in the log.
+
+    Args:
+        model: without wrapper.
+        path: of the step-1 file.
+        with_detector: also the head and the FPN, and not the label encoder alone.
 
     Raises:
         ValueError: the file is no step-1 file, or one of another detector, class count or FPN.
@@ -71,18 +88,35 @@ def inherit_step1_file(model: LabelEncDetector, path: str) -> None:
     if differences:
         raise ValueError(f"The step-1 file {path} does not fit: " + "; ".join(differences))
 
-    encoder_fpn = {
-        f"backbone.{key}": value
-        for key, value in data["label_encoder"].items()
-        if not key.startswith("bottom_up.")
-    }
     _check_keys("label encoder", model.label_encoder.state_dict(), data["label_encoder"], path)
     _check_keys("head", _head_state_dict(model), data["head"], path)
     model.label_encoder.load_state_dict(data["label_encoder"])
-    _load_matching_layers(model, {**encoder_fpn, **data["head"]}, path)
+    if with_detector:
+        _load_matching_layers(model, {**_fpn(data["label_encoder"]), **data["head"]}, path)
 
 
-def _head_state_dict(model: LabelEncDetector) -> dict[str, torch.Tensor]:
+def inherit_teacher(model: LabelEncDetector, path: str) -> None:
+    """Initialises step 2 of "vanilla KD": the head and the FPN from the teacher's, in the same way.
+
+    Args:
+        model: without wrapper, with a teacher.
+        path: of the teacher's config, for messages.
+
+    Raises:
+        ValueError: the teacher's head is another one.
+    """
+    teacher = model.teacher.model
+    head = _head_state_dict(teacher)
+    _check_keys("head", _head_state_dict(model), head, path)
+    _load_matching_layers(model, {**_fpn(teacher.backbone.state_dict()), **head}, path)
+
+
+def _fpn(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The detector's FPN from the state dict of an FPN, without what is below it."""
+    return {f"backbone.{k}": v for k, v in state.items() if not k.startswith("bottom_up.")}
+
+
+def _head_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     state = model.state_dict()
     return {key: value for key, value in state.items() if not key.startswith("backbone.")}
 
@@ -120,7 +154,7 @@ def _load(path: str) -> dict:
 def _check_keys(name: str, expected: dict, found: dict, path: str) -> None:
     if expected.keys() != found.keys():
         raise ValueError(
-            f"The step-1 file {path} has another {name}: only in the config "
+            f"{path} has another {name}: only in the config "
             f"{sorted(expected.keys() - found.keys())}, only in the file "
             f"{sorted(found.keys() - expected.keys())}"
         )

@@ -8,11 +8,13 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 
+from plaindet.data import PlainDatasetMapper
 from plaindet.engine import PlainTrainer
+from plaindet.modeling import build_teacher
 
 from .dataset_mapper import LabelMapDatasetMapper
 from .detector import LabelEncDetector
-from .step1_file import FILE_NAME, inherit_step1_file, save_step1_file
+from .step1_file import FILE_NAME, inherit_step1_file, inherit_teacher, save_step1_file
 
 
 class LabelEncTrainer(PlainTrainer):
@@ -20,11 +22,16 @@ class LabelEncTrainer(PlainTrainer):
 
     * Step 1 leaves L3 out for the first WARMUP_ITERS iterations, and writes the step-1 file,
       `OUTPUT_DIR/label_encoder.pth`, with every checkpoint.
-    * Step 2 starts from that file, and leaves the auxiliary loss out for the last CUTOFF_ITERS.
+    * Step 2 starts from that file, or from a teacher, and leaves the auxiliary loss out for the
+      last CUTOFF_ITERS.
     """
 
     def __init__(self, cfg: CfgNode):
         super().__init__(cfg)
+        # Here and not in the model, which also has to be built where nothing is trained.
+        if cfg.MODEL.LABELENC.TEACHER.CONFIG_FILE:
+            teacher = build_teacher(cfg.MODEL.LABELENC.TEACHER, cfg.MODEL.DEVICE)
+            self.plain_model.set_teacher(teacher)
         # Only the inner trainer calls after_backward.
         self._trainer.register_hooks([NoAdapterGradient(self.plain_model)])
 
@@ -43,7 +50,10 @@ class LabelEncTrainer(PlainTrainer):
         return scaled
 
     @classmethod
-    def build_train_mapper(cls, cfg: CfgNode) -> LabelMapDatasetMapper:
+    def build_train_mapper(cls, cfg: CfgNode) -> PlainDatasetMapper:
+        """A mapper that draws label maps, unless a teacher takes their place."""
+        if cfg.MODEL.LABELENC.TEACHER.CONFIG_FILE:
+            return PlainDatasetMapper(cfg, is_train=True)
         return LabelMapDatasetMapper(cfg, is_train=True)
 
     @classmethod
@@ -53,19 +63,28 @@ class LabelEncTrainer(PlainTrainer):
 
     def build_hooks(self) -> list[HookBase]:
         model, labelenc = self.plain_model, self.cfg.MODEL.LABELENC
+        start, stop = 0, self.max_iter
         if model.step == 1:
-            phase = DistancePhase(model, labelenc.WARMUP_ITERS, self.max_iter)
+            start = labelenc.WARMUP_ITERS
         else:
-            phase = DistancePhase(model, 0, self.max_iter - labelenc.CUTOFF_ITERS, self.mapper)
-        return [phase, *super().build_hooks()]
+            stop -= labelenc.CUTOFF_ITERS
+        if model.distance_weight == 0:
+            stop = start
+        mapper = self.mapper if model.step == 2 and model.label_encoder is not None else None
+        return [DistancePhase(model, start, stop, mapper), *super().build_hooks()]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As DefaultTrainer's; a step-2 run that does not resume then takes the label encoder, the
-        head and the FPN from `MODEL.LABELENC.STEP1_FILE`."""
+        head and the FPN from `MODEL.LABELENC.STEP1_FILE`, or the head and the FPN from the
+        teacher."""
         super().resume_or_load(resume)
-        resumes = resume and self.checkpointer.has_checkpoint()
-        if self.plain_model.step == 2 and not resumes:
-            inherit_step1_file(self.plain_model, self.cfg.MODEL.LABELENC.STEP1_FILE)
+        model, labelenc = self.plain_model, self.cfg.MODEL.LABELENC
+        if model.step == 1 or (resume and self.checkpointer.has_checkpoint()):
+            return
+        if model.teacher is None:
+            inherit_step1_file(model, labelenc.STEP1_FILE, with_detector=labelenc.INHERIT)
+        elif labelenc.INHERIT:
+            inherit_teacher(model, labelenc.TEACHER.CONFIG_FILE)
 
 
 class Step1Checkpointer(DetectionCheckpointer):

@@ -1,0 +1,360 @@
+"""The official release's `label_encoding_function.pth` as a step-1 file.
+
+The official code (github.com/megvii-model/LabelEnc) saves at the end of its step 1::
+
+    {
+        "label_encoding_function": state dict of the encoder and its FPN,
+        "rpn": state dict of the dense head, or of the region proposal network,
+        "roi_heads": state dict of the box head (two-stage detectors),
+    }
+
+This module has its names and channel orders next to Detectron2's, the config keys with which
+Detectron2's detectors compute what the official ones do, and what stays different.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from detectron2.utils.file_io import PathManager
+
+# The detectors, as the classes that a step-1 file names.
+RETINANET, FCOS, FASTER_RCNN = "RetinaNet", "FCOS", "GeneralizedRCNN"
+
+NUM_LEVELS = 5
+NUM_RATIOS = NUM_OCTAVE_SCALES = 3
+CHANNELS = 256
+FC_CHANNELS = 1024
+
+# For each official key our key and the shape.
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def load_official_weights(path: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Reads a `label_encoding_function.pth`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
+    local_path = PathManager.get_local_path(path)
+    if not os.path.isfile(local_path):
+        raise FileNotFoundError(f"{path} does not exist, expected a label_encoding_function.pth")
+    try:
+        data = torch.load(local_path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} is no label_encoding_function.pth: {error}") from error
+    groups = {"label_encoding_function", "rpn"}
+    if (
+        not isinstance(data, dict)
+        or data.keys() - {"roi_heads"} != groups
+        or not all(isinstance(group, dict) for group in data.values())
+    ):
+        content = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__
+        raise ValueError(
+            f"{path} is no label_encoding_function.pth: found {content}, expected the state dicts "
+            f"{sorted(groups)}, and 'roi_heads' of a two-stage detector"
+        )
+    return data
+
+
+def convert_official_weights(weights: dict[str, dict[str, torch.Tensor]], path: str) -> dict:
+    """Converts the content of a `label_encoding_function.pth`.
+
+    Args:
+        weights: as :func:`load_official_weights` returns it.
+        path: of the file, for messages.
+
+    Returns:
+        "description", "label_encoder" and "head", the arguments of `write_step1_file`
+
+    Raises:
+        ValueError: keys or shapes are not those of an official RetinaNet, FCOS or Faster R-CNN.
+    """
+    weights = {name: _clean(group) for name, group in weights.items()}
+    encoder_weights, rpn = weights["label_encoding_function"], weights["rpn"]
+    detector = _find_detector(weights, path)
+    num_classes = _find_num_classes(encoder_weights, path)
+
+    where = f"{path}, 'label_encoding_function' of {detector}"
+    encoder_layout = {**_encoder_layout(num_classes), **_fpn_layout(detector)}
+    label_encoder = _rename(encoder_weights, encoder_layout, where)
+
+    where = f"{path}, 'rpn' of {detector}"
+    if detector == RETINANET:
+        head = _retinanet_order(_rename(rpn, _retinanet_layout(num_classes), where))
+    elif detector == FCOS:
+        deformable = any(".offset." in key for key in rpn)
+        head = _one_vector_of_scales(_rename(rpn, _fcos_layout(num_classes, deformable), where))
+    else:
+        head = _rename(rpn, _rpn_layout(), where)
+        where = f"{path}, 'roi_heads' of {detector}"
+        box_head = _rename(weights["roi_heads"], _box_head_layout(num_classes), where)
+        head.update(_background_last(box_head))
+
+    fpn = {f"p{level}": [CHANNELS, 2**level] for level in _levels(detector)}
+    description = {"detector": detector, "num_classes": num_classes, "fpn": fpn}
+    return {"description": description, "label_encoder": label_encoder, "head": head}
+
+
+def official_config(converted: dict) -> dict:
+    """The keys with which Detectron2 uses the converted weights as the official code does, where
+    the configs of this project for COCO have other ones.
+
+    Args:
+        converted: as :func:`convert_official_weights` returns it.
+
+    Returns:
+        nested keys of MODEL; those of the backbone are not among them
+    """
+    detector = converted["description"]["detector"]
+    num_classes = converted["description"]["num_classes"]
+    if detector == RETINANET:
+        return {
+            "ANCHOR_GENERATOR": {"OFFSET": 0.5},
+            "RETINANET": {
+                "NUM_CLASSES": num_classes,
+                "BBOX_REG_WEIGHTS": [10.0, 10.0, 5.0, 5.0],
+                "SMOOTH_L1_LOSS_BETA": 0.11,
+            },
+        }
+    if detector == FCOS:
+        deformable = any(".offset." in key for key in converted["head"])
+        return {"FCOS": {"NUM_CLASSES": num_classes, "DEFORMABLE_LAST_CONV": deformable}}
+    return {
+        "ANCHOR_GENERATOR": {"OFFSET": 0.5},
+        "RPN": {"BOUNDARY_THRESH": 0},
+        "ROI_HEADS": {"NUM_CLASSES": num_classes},
+    }
+
+
+def _clean(group: dict) -> dict:
+    """Without the prefix of DistributedDataParallel, and without anchors, which are no weights."""
+    group = {str(key).removeprefix("module."): value for key, value in group.items()}
+    return {key: value for key, value in group.items() if not key.startswith("anchor_generator.")}
+
+
+def _find_detector(weights: dict, path: str) -> str:
+    rpn = weights["rpn"]
+    if "roi_heads" in weights:
+        return FASTER_RCNN
+    if "head.centerness.weight" in rpn:
+        return FCOS
+    if "head.cls_tower.0.weight" in rpn:
+        return RETINANET
+    raise ValueError(
+        f"{path}: 'rpn' has the keys {_some(rpn)}, expected those of the official RetinaNet "
+        "(head.cls_tower.*) or FCOS (head.centerness.*), or another group 'roi_heads'"
+    )
+
+
+def _find_num_classes(encoder_weights: dict, path: str) -> int:
+    stem = encoder_weights.get("body.stage1.weight")
+    if not isinstance(stem, torch.Tensor) or stem.dim() != 4:
+        raise ValueError(
+            f"{path}: 'label_encoding_function' has the keys {_some(encoder_weights)}, expected "
+            "body.stage1.weight of shape (128, classes, 7, 7) among them"
+        )
+    return stem.shape[1]
+
+
+def _rename(weights: dict, layout: Layout, where: str) -> dict[str, torch.Tensor]:
+    """The weights under our names. They have to have all keys and shapes of the layout."""
+    missing, unknown = layout.keys() - weights.keys(), weights.keys() - layout.keys()
+    if missing or unknown:
+        raise ValueError(f"{where}: missing keys {_some(missing)}, unknown keys {_some(unknown)}")
+    found = {
+        key: tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        for key, value in weights.items()
+    }
+    wrong = [
+        f"{key} is {found[key]} instead of {shape}"
+        for key, (_, shape) in layout.items()
+        if found[key] != shape
+    ]
+    if wrong:
+        raise ValueError(f"{where}: {', '.join(_some(wrong))}")
+    return {ours: weights[key] for key, (ours, _) in layout.items()}
+
+
+def _some(names) -> list[str]:
+    names = sorted(names)
+    return names if len(names) <= 6 else [*names[:5], f"and {len(names) - 5} more"]
+
+
+def _levels(detector: str) -> range:
+    """The levels of the FPN, p2 to p6 or p3 to p7."""
+    return range(2, 7) if detector == FASTER_RCNN else range(3, 8)
+
+
+def _layer(official: str, ours: str, *shape: int, bias: bool = True) -> Layout:
+    layout = {f"{official}.weight": (f"{ours}.weight", shape)}
+    if bias:
+        layout[f"{official}.bias"] = (f"{ours}.bias", shape[:1])
+    return layout
+
+
+def _encoder_layout(num_classes: int) -> Layout:
+    layout = _layer("body.stage1", "bottom_up.stem", 128, num_classes, 7, 7)
+    in_channels = 128
+    for stage, (width, blocks) in enumerate([(64, 1), (128, 2), (256, 2), (512, 1)], start=2):
+        for block in range(blocks):
+            # The official stages of one block have no block number.
+            official = f"body.stage{stage}.{block}" if blocks > 1 else f"body.stage{stage}"
+            ours = f"bottom_up.res{stage}.{block}"
+            out_channels = 4 * width
+            layout.update(_layer(f"{official}.con1", f"{ours}.conv1", width, in_channels, 1, 1))
+            layout.update(_layer(f"{official}.con2", f"{ours}.conv2", width, width, 3, 3))
+            layout.update(_layer(f"{official}.con3", f"{ours}.conv3", out_channels, width, 1, 1))
+            if in_channels != out_channels:
+                shape = (out_channels, in_channels, 1, 1)
+                official, ours = f"{official}.downsample.0", f"{ours}.shortcut"
+                layout.update(_layer(official, ours, *shape, bias=False))
+            in_channels = out_channels
+    return layout
+
+
+def _fpn_layout(detector: str) -> Layout:
+    layout = {}
+    for level in range(_levels(detector)[0], 6):
+        # The official numbers count the stages of the backbone after its stem.
+        inner, outer = f"fpn.fpn_inner{level - 1}", f"fpn.fpn_layer{level - 1}"
+        layout.update(_layer(inner, f"fpn_lateral{level}", CHANNELS, 64 * 2**level, 1, 1))
+        layout.update(_layer(outer, f"fpn_output{level}", CHANNELS, CHANNELS, 3, 3))
+    if detector != FASTER_RCNN:
+        p6_channels = 2048 if detector == RETINANET else CHANNELS  # C5 or P5
+        layout.update(_layer("fpn.top_blocks.p6", "top_block.p6", CHANNELS, p6_channels, 3, 3))
+        layout.update(_layer("fpn.top_blocks.p7", "top_block.p7", CHANNELS, CHANNELS, 3, 3))
+    return layout
+
+
+def _retinanet_layout(num_classes: int) -> Layout:
+    num_anchors = NUM_RATIOS * NUM_OCTAVE_SCALES
+    layout = {}
+    for official, ours in (("cls_tower", "cls_subnet"), ("bbox_tower", "bbox_subnet")):
+        for i in (0, 2, 4, 6):
+            names = f"head.{official}.{i}", f"head.{ours}.{i}"
+            layout.update(_layer(*names, CHANNELS, CHANNELS, 3, 3))
+    for official, ours, channels in (
+        ("cls_logits", "cls_score", num_anchors * num_classes),
+        ("bbox_pred", "bbox_pred", num_anchors * 4),
+    ):
+        layout.update(_layer(f"head.{official}", f"head.{ours}", channels, CHANNELS, 3, 3))
+    return layout
+
+
+def _fcos_layout(num_classes: int, deformable: bool) -> Layout:
+    layout = {}
+    for official, ours in (("cls_tower", "cls_subnet"), ("bbox_tower", "bbox_subnet")):
+        for i in (0, 3, 6, 9):
+            names = f"head.{official}.{i}", f"head.{ours}.{i}"
+            if deformable and i == 9:
+                offset_channels = 3 * 3 * 3  # x, y and a mask of each position of the kernel
+                offset = [f"{name}.offset" for name in names]
+                layout.update(_layer(*offset, offset_channels, CHANNELS, 3, 3))
+                names = f"{names[0]}.conv", names[1]
+            layout.update(_layer(*names, CHANNELS, CHANNELS, 3, 3))
+            # The group norm.
+            names = f"head.{official}.{i + 1}", f"head.{ours}.{i + 1}"
+            layout.update(_layer(*names, CHANNELS))
+    for official, ours, channels in (
+        ("cls_logits", "cls_score", num_classes),
+        ("bbox_pred", "bbox_pred", 4),
+        ("centerness", "ctrness", 1),
+    ):
+        layout.update(_layer(f"head.{official}", f"head.{ours}", channels, CHANNELS, 3, 3))
+    for i in range(NUM_LEVELS):
+        layout[f"head.scales.{i}.scale"] = (f"head.scales.{i}", (1,))
+    return layout
+
+
+def _rpn_layout() -> Layout:
+    # One size a level, so that the order of the anchors is that of the ratios in both codes.
+    ours = "proposal_generator.rpn_head"
+    return {
+        **_layer("head.conv", f"{ours}.conv", CHANNELS, CHANNELS, 3, 3),
+        **_layer("head.cls_logits", f"{ours}.objectness_logits", NUM_RATIOS, CHANNELS, 1, 1),
+        **_layer("head.bbox_pred", f"{ours}.anchor_deltas", NUM_RATIOS * 4, CHANNELS, 1, 1),
+    }
+
+
+def _box_head_layout(num_classes: int) -> Layout:
+    extractor, predictor = "box.feature_extractor", "box.predictor"
+    pooled = CHANNELS * 7 * 7  # flattened from (channels, 7, 7) in both codes
+    return {
+        **_layer(f"{extractor}.fc6", "roi_heads.box_head.fc1", FC_CHANNELS, pooled),
+        **_layer(f"{extractor}.fc7", "roi_heads.box_head.fc2", FC_CHANNELS, FC_CHANNELS),
+        **_layer(
+            f"{predictor}.cls_score",
+            "roi_heads.box_predictor.cls_score",
+            num_classes + 1,
+            FC_CHANNELS,
+        ),
+        **_layer(
+            f"{predictor}.bbox_pred",
+            "roi_heads.box_predictor.bbox_pred",
+            (num_classes + 1) * 4,
+            FC_CHANNELS,
+        ),
+    }
+
+
+def _retinanet_order(head: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The anchors of a position count sizes within ratios there, and ratios within sizes here."""
+    for layer in ("head.cls_score", "head.bbox_pred"):
+        for key in (f"{layer}.weight", f"{layer}.bias"):
+            by_ratio = head[key].unflatten(0, (NUM_RATIOS, NUM_OCTAVE_SCALES, -1))
+            head[key] = by_ratio.transpose(0, 1).flatten(0, 2)
+    return head
+
+
+def _one_vector_of_scales(head: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    scales = [head.pop(f"head.scales.{i}") for i in range(NUM_LEVELS)]
+    return {**head, "head.scales": torch.cat(scales)}
+
+
+def _background_last(box_head: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The background is class 0 there; here it is the last one and has no box regression."""
+    for kind in ("weight", "bias"):
+        key = f"roi_heads.box_predictor.cls_score.{kind}"
+        box_head[key] = box_head[key].roll(-1, dims=0)
+        key = f"roi_heads.box_predictor.bbox_pred.{kind}"
+        box_head[key] = box_head[key][4:].clone()  # a view would be saved with the whole tensor
+    return box_head
+
+
+_RESIZING = (
+    "When an image is resized by a factor r, the official boxes are scaled as corner pixels, so "
+    "that they are r - 1 pixels smaller than Detectron2's."
+)
+_ROUNDED_ANCHORS = (
+    "The official anchors of ratios 0.5 and 2 are scaled from sides that are rounded to pixels, so "
+    "that sides and Detectron2's differ by up to 6 %."
+)
+# What config keys cannot make equal.
+DIFFERENCES = {
+    RETINANET: [
+        _ROUNDED_ANCHORS,
+        "The official box loss is divided by 4 times the positive anchors of a batch, the "
+        "classification loss by their number plus the number of images; Detectron2 divides both by "
+        "a moving average of the number of positive anchors.",
+        _RESIZING,
+    ],
+    FCOS: [
+        "The official distances to the right and the bottom side end at the last pixel inside the "
+        "box: they are one pixel shorter.",
+        _RESIZING,
+    ],
+    FASTER_RCNN: [
+        _ROUNDED_ANCHORS,
+        "The official code trains on the best 2000 proposals of a process's batch, Detectron2 on "
+        "the best 1000 of each image.",
+        "The official RPN losses are divided by the number of sampled anchors; Detectron2 divides "
+        "by RPN.BATCH_SIZE_PER_IMAGE also when there are fewer.",
+        "RPN.BOUNDARY_THRESH 0 ignores anchors that cross the image's border, as the official code "
+        "does, and also those that end exactly at the right or the bottom border.",
+        "The official ROIAlign pools a proposal without its last row and column of pixels.",
+        _RESIZING,
+    ],
+}

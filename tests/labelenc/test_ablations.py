@@ -1,0 +1,243 @@
+"""The variants that the paper's tables compare: Tables 2, 3, 5 and 6."""
+
+import os
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+from detectron2.utils.analysis import find_unused_parameters
+from detectron2.utils.events import EventStorage
+
+from labelenc import LabelEncTrainer, feature_distance, inherit_step1_file, save_step1_file
+from plaindet.modeling import Teacher
+
+STEP1 = "quick/retinanet_R_18_labelenc_step1.yaml"
+STEP2 = "quick/retinanet_R_18_labelenc_step2.yaml"
+BASELINE = "quick/retinanet_R_18_baseline.yaml"
+SHORT = ("SOLVER.MAX_ITER", "2", "MODEL.LABELENC.WARMUP_ITERS", "0")
+SHORT += ("MODEL.LABELENC.CUTOFF_ITERS", "0")
+
+
+def clone(module):
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def changed(module, before):
+    return {
+        key for key, value in module.state_dict().items() if not torch.equal(value, before[key])
+    }
+
+
+def losses_of(trainer):
+    with EventStorage():
+        return trainer.model(next(iter(trainer.data_loader)))
+
+
+@pytest.fixture
+def step1_file(make_cfg, tmp_path):
+    """The step-1 file of a network of other weights than step 2 will have."""
+    torch.manual_seed(3)
+    path = tmp_path / "label_encoder.pth"
+    save_step1_file(build_model(make_cfg(STEP1)), str(path))
+    torch.manual_seed(4)
+    return path
+
+
+def test_reconstruction_loss_only(make_cfg):
+    """Table 2: the label encoder and the head learn from L1, and nothing is done with images."""
+    cfg = make_cfg(STEP1, *SHORT, "MODEL.LABELENC.LAMBDA1", "0.0", "MODEL.LABELENC.LAMBDA2", "0.0")
+    cfg.TEST.EVAL_PERIOD = 0
+    trainer = LabelEncTrainer(cfg)
+    model = trainer.plain_model
+    calls = []
+    model.backbone.register_forward_hook(lambda *_: calls.append(1))
+    with EventStorage():
+        unused = find_unused_parameters(trainer.model, next(iter(trainer.data_loader)))
+    assert not {n for n, p in model.named_parameters() if p.requires_grad} & set(unused)
+    assert set(losses_of(trainer)) == {"loss_reconstruction_cls", "loss_reconstruction_box_reg"}
+    parts = (model.backbone, model.feature_adapter, model.label_encoder, model.head)
+    before = [clone(part) for part in parts]
+    trainer._trainer.iter = 0
+    with EventStorage():
+        trainer._trainer.run_step()
+    moved = [bool(changed(part, state)) for part, state in zip(parts, before)]
+    assert moved == [False, False, True, True]
+    assert calls == []
+
+
+def test_without_distance_in_step_1(make_cfg):
+    """LAMBDA2 0: as the warm-up, to the end."""
+    trainer = LabelEncTrainer(make_cfg(STEP1, *SHORT, "MODEL.LABELENC.LAMBDA2", "0.0"))
+    before = clone(trainer.plain_model.feature_adapter)
+    trainer.train()
+    assert not changed(trainer.plain_model.feature_adapter, before)
+    assert not trainer.plain_model.distance_enabled
+
+
+@pytest.mark.parametrize("supervision", [True, False])
+@pytest.mark.parametrize("initialization", [True, False])
+def test_supervision_and_initialization(make_cfg, step1_file, supervision, initialization):
+    """Table 5: each on and off."""
+    trainer = LabelEncTrainer(
+        make_cfg(
+            STEP2,
+            *SHORT,
+            *("MODEL.LABELENC.STEP1_FILE", str(step1_file)),
+            *("MODEL.LABELENC.LAMBDA", str(float(supervision))),
+            *("MODEL.LABELENC.INHERIT", str(initialization)),
+        )
+    )
+    model, saved = trainer.plain_model, torch.load(step1_file, weights_only=True)
+    before = clone(model)
+    trainer.resume_or_load(resume=False)
+    assert all(
+        torch.equal(v, saved["label_encoder"][k]) for k, v in clone(model.label_encoder).items()
+    )
+    moved = changed(model, before)
+    assert ("head.cls_score.weight" in moved) == initialization
+    assert ("backbone.fpn_output3.weight" in moved) == initialization
+    assert not [key for key in moved if "bottom_up" in key]
+
+    calls = []
+    model.label_encoder.register_forward_hook(lambda *_: calls.append(1))
+    trainer.train()
+    assert len(calls) == (2 if supervision else 0)
+    batch = next(iter(trainer.data_loader))
+    assert ("label_map" in batch[0]) == supervision
+
+
+@pytest.mark.parametrize(
+    ("student", "kept"),
+    [
+        ("retinanet_R_101", set()),
+        ("retinanet_R_101_DCN", set()),
+        (
+            "retinanet_MobileNetV2",
+            {"fpn_lateral3", "fpn_lateral4", "fpn_lateral5", "top_block.p6"},
+        ),
+    ],
+)
+def test_encoder_of_another_backbone(make_cfg, tmp_path, caplog, student, kept):
+    """Table 3: the file of a step 1 with ResNet-50 serves other backbones. Where the widths differ,
+    what reads the backbone keeps its initialisation."""
+    path = str(tmp_path / "label_encoder.pth")
+    step1 = build_model(make_cfg("LabelEnc/retinanet_R_50_FPN_step1.yaml"))
+    save_step1_file(step1, path)
+    model = build_model(make_cfg(f"LabelEnc/{student}_FPN_step2.yaml"))
+    before = clone(model)
+    inherit_step1_file(model, path)
+    os.remove(path)
+    encoder = step1.label_encoder.state_dict()
+    for key, value in model.state_dict().items():
+        layer = key.removeprefix("backbone.").rpartition(".")[0]
+        if "bottom_up" in key or layer in kept:
+            assert torch.equal(value, before[key]), key
+        elif key.startswith("backbone."):
+            assert torch.equal(value, encoder[key.removeprefix("backbone.")]), key
+        else:
+            assert torch.equal(value, step1.state_dict()[key]), key
+    assert caplog.text.count("keeps its initialisation") == len(kept)
+
+
+@pytest.fixture
+def teacher_file(make_cfg, tmp_path):
+    """The checkpoint of a plain RetinaNet, in eval mode."""
+    torch.manual_seed(5)
+    teacher = build_model(make_cfg(BASELINE))
+    with torch.no_grad():
+        for name, buffer in teacher.named_buffers():
+            if name.endswith("running_var"):
+                buffer.uniform_(0.5, 2)
+    path = tmp_path / "teacher.pth"
+    torch.save({"model": teacher.state_dict()}, path)
+    torch.manual_seed(6)
+    return path
+
+
+def teacher_options(teacher_file, *overrides):
+    opts = ["MODEL.RETINANET.NUM_CLASSES", 3, *overrides]
+    return (
+        *SHORT,
+        *("MODEL.LABELENC.TEACHER.CONFIG_FILE", f"configs/{BASELINE}"),
+        *("MODEL.LABELENC.TEACHER.WEIGHTS", str(teacher_file)),
+        *("MODEL.LABELENC.TEACHER.OPTS", str(opts)),
+    )
+
+
+def test_vanilla_kd(make_cfg, teacher_file):
+    """Table 6: a teacher's features in place of h(y), its head inherited, no label map."""
+    trainer = LabelEncTrainer(make_cfg(STEP2, *teacher_options(teacher_file)))
+    trainer.resume_or_load(resume=False)
+    model, teacher = trainer.plain_model, trainer.plain_model.teacher.model
+    saved = torch.load(teacher_file, weights_only=True)["model"]
+    assert not changed(teacher, saved)
+    for key, value in model.state_dict().items():
+        if "bottom_up" not in key:
+            assert torch.equal(value, saved[key]), key
+
+    batch = next(iter(trainer.data_loader))
+    assert "label_map" not in batch[0]
+    with EventStorage(), torch.no_grad():
+        images = model.preprocess_image(batch).tensor
+        features, expected = model.backbone(images), teacher.backbone(images)
+        adapted = [model.feature_adapter(feature) for feature in features.values()]
+        distance = feature_distance(adapted, list(expected.values()))
+        assert model(batch)["loss_distance"].item() == pytest.approx(distance.item(), rel=1e-5)
+
+    # The teacher is in nothing that is trained, saved or distributed, and does not change.
+    adapter = {
+        f"training_only.feature_adapter.{i}.{k}" for i in (0, 2, 4) for k in ("weight", "bias")
+    }
+    names = {name for name, _ in model.named_parameters()}
+    assert names - model.state_dict().keys() == adapter
+    trainer.train()
+    assert not changed(teacher, saved)
+    assert not teacher.training
+    assert changed(model.backbone, {k.removeprefix("backbone."): v for k, v in saved.items()})
+
+    # What it trained is evaluated without the teacher's files.
+    teacher_file.unlink()
+    evaluated = build_model(make_cfg(STEP2, *teacher_options(teacher_file))).eval()
+    file = os.path.join(trainer.cfg.OUTPUT_DIR, "model_final.pth")
+    DetectionCheckpointer(evaluated).load(file)
+    assert not changed(evaluated, model.state_dict())
+
+
+def test_teacher_has_its_own_image_format(make_cfg):
+    """A student of RGB images and a teacher of BGR images see the same picture."""
+    model = build_model(make_cfg(BASELINE))
+    image = torch.rand(3, 64, 64) * 255
+    teacher = Teacher(model, "BGR")
+    cpu = torch.device("cpu")
+    expected = teacher.features([{"image": image}], "BGR", cpu)
+    flipped = teacher.features([{"image": image.flip(0)}], "RGB", cpu)
+    assert all(torch.equal(value, flipped[level]) for level, value in expected.items())
+    assert not any(value.requires_grad for value in expected.values())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["MODEL.FPN.OUT_CHANNELS", 32], "teacher.pth does not fit this RetinaNet: it has "),
+        (["MODEL.RETINANET.NUM_CONVS", 3], "teacher.pth does not fit this RetinaNet: it lacks "),
+    ],
+)
+def test_teacher_that_does_not_fit_its_file(make_cfg, teacher_file, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        LabelEncTrainer(make_cfg(STEP2, *teacher_options(teacher_file, *overrides)))
+
+
+def test_teacher_that_does_not_fit_the_student(make_cfg, teacher_file):
+    options = teacher_options(teacher_file)
+    narrow = make_cfg(STEP2, *options, "MODEL.FPN.OUT_CHANNELS", "32")
+    with pytest.raises(ValueError, match="teacher's features are .*channels=64.*detector's .*=32"):
+        LabelEncTrainer(narrow)
+    deep = make_cfg(STEP2, *options, "MODEL.RETINANET.NUM_CONVS", "3")
+    with pytest.raises(ValueError, match=f"{BASELINE} has another head: only in the config "):
+        LabelEncTrainer(deep).resume_or_load(resume=False)
+    with pytest.raises(ValueError, match="STEP is 1, which trains the label encoder. A teacher"):
+        build_model(make_cfg(STEP1, *options))
+    without = make_cfg(STEP2, *options[:-4], "MODEL.LABELENC.TEACHER.WEIGHTS", "")
+    with pytest.raises(ValueError, match="No file with the weights of a RetinaNet is given"):
+        LabelEncTrainer(without)

@@ -1,0 +1,212 @@
+#!/usr/bin/env python
+"""Draws the feature intensity of detectors, as Fig. 3 of the LabelEnc paper, one sheet an image.
+
+    python tools/visualize_features.py --config-file configs/... \
+        --weights baseline=output/a/model_final.pth ours=output/b/model_final.pth \
+        [--label-encoder output/step1/label_encoder.pth] [--level p3 p4] \
+        [--dataset NAME] [--images N | --images FILE ... | --image-ids ID ...] \
+        --output folder [KEY VALUE ...]
+
+The intensity is the L2 norm at each position, from the lowest of a picture (black) to the highest
+(white). A sheet has a row for each level and these columns: the image, its label map, each
+checkpoint, and the label encoding h(y). Image files have no ground truth, so for them the label map
+and the encoding are left out.
+
+A checkpoint with another config than --config-file is given as NAME=CONFIG.yaml:WEIGHTS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.modeling import FPN, build_backbone, build_model
+from detectron2.utils.file_io import PathManager
+
+from labelenc import build_label_encoder, read_config
+from labelenc.pictures import (
+    draw_encoding,
+    draw_features,
+    label_map_picture,
+    picture_mapper,
+    save_sheet,
+)
+from plaindet.modeling import CompleteCheckpointer
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument(
+        "--weights",
+        required=True,
+        nargs="+",
+        type=parse_weights,
+        metavar="NAME=[CONFIG.yaml:]WEIGHTS",
+        help="checkpoints; without CONFIG they are of --config-file",
+    )
+    parser.add_argument(
+        "--label-encoder",
+        metavar="FILE",
+        help="label_encoder.pth of step 1, or a checkpoint of LabelEnc; default: that of the first "
+        "checkpoint that has one",
+    )
+    parser.add_argument("--level", nargs="+", default=["p3"])
+    parser.add_argument("--dataset", help="a registered name; default: DATASETS.TEST[0]")
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        default=["4"],
+        help="image files, or a number: the first N of the data set with annotations (4)",
+    )
+    parser.add_argument("--image-ids", nargs="+", metavar="ID", help="images of the data set")
+    parser.add_argument("--output", required=True, help="folder of the sheets")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
+    return parser.parse_args()
+
+
+def parse_weights(argument: str) -> tuple[str, str | None, str]:
+    """Splits NAME=[CONFIG.yaml:]WEIGHTS into (name, config or None, weights)."""
+    name, _, rest = argument.partition("=")
+    config, separator, weights = rest.rpartition(".yaml:")
+    if not (name and weights):
+        raise argparse.ArgumentTypeError(f"{argument!r} is not NAME=[CONFIG.yaml:]WEIGHTS")
+    return name, config + ".yaml" if separator else None, weights
+
+
+def read_cfg(config_file: str, opts: list[str]) -> CfgNode:
+    """The config, on the CPU where there is no GPU."""
+    cfg = read_config(config_file, opts)
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def _shorten(items: list[str]) -> str:
+    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
+
+
+def load_model(cfg: CfgNode, weights: str) -> tuple[torch.nn.Module, dict]:
+    """The detector of a checkpoint, and what else the checkpoint has.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: it is not a checkpoint of this config.
+    """
+    _check_file(weights)
+    model = build_model(cfg).eval()
+    return model, CompleteCheckpointer(model).load(weights)
+
+
+def _check_file(path: str) -> None:
+    if not os.path.isfile(PathManager.get_local_path(path)):
+        raise FileNotFoundError(f"{path} does not exist")
+
+
+def find_label_encoder(content: dict) -> dict[str, torch.Tensor] | None:
+    """The state dict of the label encoder in the content of a step-1 file or of a checkpoint."""
+    prefix = "label_encoder."
+    training_only = content.get("training_only", {}).items()
+    state = {key[len(prefix) :]: value for key, value in training_only if key.startswith(prefix)}
+    return content.get("label_encoder") or state or None
+
+
+def load_label_encoder(cfg: CfgNode, content: dict, path: str) -> FPN:
+    """The label encoder of a step-1 file or a checkpoint.
+
+    Args:
+        cfg: of the detector that it was trained with.
+        content, path: of the file.
+
+    Raises:
+        ValueError: the file has no label encoder, or one of another config.
+    """
+    state = find_label_encoder(content)
+    if state is None:
+        raise ValueError(f"{path} has no label encoder, only {sorted(content)}")
+    num_classes = state["bottom_up.stem.weight"].shape[1]
+    label_encoder = build_label_encoder(build_backbone(cfg), num_classes, cfg.MODEL.FPN.NORM)
+    try:
+        label_encoder.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"The label encoder of {path} does not fit to its config: {error}"
+        ) from error
+    return label_encoder.eval().to(cfg.MODEL.DEVICE)
+
+
+def choose_images(args, cfg: CfgNode) -> list[dict]:
+    """The dataset dicts of the images to draw.
+
+    Raises:
+        ValueError: the data set does not have them.
+    """
+    by_number = len(args.images) == 1 and args.images[0].isdigit()
+    if not args.image_ids and not by_number:
+        return [{"file_name": file} for file in args.images]
+    dataset = args.dataset or cfg.DATASETS.TEST[0]
+    dataset_dicts = DatasetCatalog.get(dataset)
+    if args.image_ids:
+        chosen = {str(d["image_id"]): d for d in dataset_dicts}
+        unknown = [image_id for image_id in args.image_ids if image_id not in chosen]
+        if unknown:
+            raise ValueError(f"{dataset} has no image with the id {_shorten(unknown)}")
+        return [chosen[image_id] for image_id in args.image_ids]
+    chosen = [d for d in dataset_dicts if d.get("annotations")][: int(args.images[0])]
+    if not chosen:
+        raise ValueError(f"{dataset} has no image with annotations")
+    return chosen
+
+
+def main():
+    args = parse_args()
+    cfg = read_cfg(args.config_file, args.opts)
+    mapper = picture_mapper(cfg)
+    dataset_dicts = choose_images(args, cfg)
+
+    # Each with the mapper of its own config: the images may differ in size or in channel order.
+    detectors, label_encoder, encoder_mapper = [], None, mapper
+    if args.label_encoder:
+        _check_file(args.label_encoder)
+        content = torch.load(args.label_encoder, map_location="cpu", weights_only=True)
+        label_encoder = load_label_encoder(cfg, content, args.label_encoder)
+    for name, config, weights in args.weights:
+        detector_cfg = read_cfg(config, args.opts) if config else cfg
+        model, rest = load_model(detector_cfg, weights)
+        detectors.append((name, model, picture_mapper(detector_cfg)))
+        if label_encoder is None and find_label_encoder(rest):
+            label_encoder = load_label_encoder(detector_cfg, rest, weights)
+            encoder_mapper = detectors[-1][2]
+
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    for number, dataset_dict in enumerate(dataset_dicts):
+        inputs = mapper(dataset_dict)
+        image = convert_image_to_rgb(inputs["image"].permute(1, 2, 0), cfg.INPUT.FORMAT)
+        left = [("image", image)]
+        if "label_map" in inputs:
+            left.append(("label map", label_map_picture(image, inputs["label_map"])))
+        columns = [
+            (name, draw_features(model, detector_mapper(dataset_dict), args.level))
+            for name, model, detector_mapper in detectors
+        ]
+        if label_encoder is not None and "label_map" in inputs:
+            label_map = encoder_mapper(dataset_dict)["label_map"]
+            encodings = draw_encoding(label_encoder, label_map, args.level)
+            columns.append(("label encoding h(y)", encodings))
+        rows = [
+            left + [(f"{name}, {level}", pictures[i]) for name, pictures in columns]
+            for i, level in enumerate(args.level)
+        ]
+        path = output / f"{number}_{Path(dataset_dict['file_name']).stem}.png"
+        save_sheet(path, rows)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
