@@ -29,6 +29,9 @@ class LabelEncDetector(TrainingOnlyModules):
             def losses_from_features(self, images, features, gt_instances):
                 ...
 
+    The meta-architecture needs a `backbone` that is an FPN, `preprocess_image` and `device`, as
+    Detectron2's have them; with `vis_period` and `input_format` it gets pictures in TensorBoard.
+
     In inference, and in its state dict, it is the plain meta-architecture. The label encoder and
     the feature adapter exist for training only, in `training_only`.
     """
@@ -238,7 +241,8 @@ class LabelEncDetector(TrainingOnlyModules):
     def _visualize(self, batched_inputs, features, encodings) -> None:
         """Every VIS_PERIOD iterations, the first image's label map and features to the storage."""
         storage = get_event_storage()
-        if self.vis_period <= 0 or storage.iter % self.vis_period != 0:
+        vis_period = getattr(self, "vis_period", 0)
+        if vis_period <= 0 or storage.iter % vis_period != 0:
             return
         image = batched_inputs[0]["image"]
         if self.teacher is None:
