@@ -69,16 +69,24 @@ class FCOSHead(detectron2_fcos.FCOSHead):
             three lists with a tensor for each level: class logits (N, num_classes, Hi, Wi), box
             distances (N, 4, Hi, Wi), centerness logits (N, 1, Hi, Wi)
         """
-        logits, distances, centerness = [], [], []
-        for level, feature in enumerate(features):
-            cls_feature = self.cls_subnet(feature)
-            box_feature = self.bbox_subnet(feature)
-            logits.append(self.cls_score(cls_feature))
-            distances.append(self.distances(self.bbox_pred(box_feature), level))
-            centerness.append(
-                self.ctrness(box_feature if self.centerness_on_box_subnet else cls_feature)
-            )
+        predictions = [
+            self.predict(self.cls_subnet(feature), self.bbox_subnet(feature), level)
+            for level, feature in enumerate(features)
+        ]
+        logits, distances, centerness = map(list, zip(*predictions))
         return logits, distances, centerness
+
+    def predict(
+        self, cls_feature: torch.Tensor, box_feature: torch.Tensor, level: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Class logits, box distances and centerness logits of a level, from the outputs of the
+        two subnets, (N, channels, Hi, Wi) each."""
+        centerness_feature = box_feature if self.centerness_on_box_subnet else cls_feature
+        return (
+            self.cls_score(cls_feature),
+            self.distances(self.bbox_pred(box_feature), level),
+            self.ctrness(centerness_feature),
+        )
 
     def distances(self, regression: torch.Tensor, level: int) -> torch.Tensor:
         """The regression output of a level as distances, in float32."""
