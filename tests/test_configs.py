@@ -31,6 +31,8 @@ PLAIN = {
     "fcos_imprv_R_50_DCN_FPN_1x": (DENSE, R50),
     "fcos_imprv_R_101_FPN_1x": (DENSE, R101),
     "fcos_imprv_R_101_DCN_FPN_1x": (DENSE, R101),
+    "gfl_R_50_FPN_1x": (DENSE, R50),
+    "atss_R_50_FPN_1x": (DENSE, R50),
     "faster_rcnn_R_50_FPN_1x": (TWO_STAGE, R50),
     "faster_rcnn_R_101_FPN_1x": (TWO_STAGE, R101),
     "faster_rcnn_R_101_DCN_FPN_1x": (TWO_STAGE, R101),
@@ -70,6 +72,8 @@ VANILLA_KD = {
     "retinanet_R_50_FPN_vanilla_kd_from_R_50": "retinanet_R_50_FPN_1x",
     "retinanet_R_50_FPN_vanilla_kd_from_R_101": "retinanet_R_101_FPN_1x",
 }
+# These have mmdet's solver, the others that of the LabelEnc paper.
+MMDET = {"gfl_R_50_FPN_1x", "atss_R_50_FPN_1x"}
 LABELENC = {**STEP1, **STEP2, **VANILLA_KD}
 COCO = [f"PlainDet/{name}.yaml" for name in PLAIN] + [f"LabelEnc/{name}.yaml" for name in LABELENC]
 
@@ -88,9 +92,12 @@ def test_settings_of_the_paper(read_cfg, config):
     base_lr, weights = PLAIN[plain]
     solver, labelenc = cfg.SOLVER, cfg.MODEL.LABELENC
     assert (16, base_lr, 0.1) == (solver.IMS_PER_BATCH, solver.BASE_LR, solver.GAMMA)
-    assert (solver.WARMUP_ITERS, round(solver.WARMUP_FACTOR, 3)) == (500, 0.333)
+    warmup_factor = 0.001 if name in MMDET else 0.333
+    assert (500, warmup_factor) == (solver.WARMUP_ITERS, round(solver.WARMUP_FACTOR, 3))
     assert ("constant" if "fcos" in name else "linear") == solver.WARMUP_METHOD
-    assert (solver.BIAS_LR_FACTOR, solver.WEIGHT_DECAY_BIAS) == (2, 0)
+    biases = (1, 1e-4) if name in MMDET else (2, 0)
+    assert biases == (solver.BIAS_LR_FACTOR, solver.WEIGHT_DECAY_BIAS)
+    assert (1e-4 if "fcos" in name or name in MMDET else 0) == solver.WEIGHT_DECAY_NORM
     assert (solver.MOMENTUM, solver.WEIGHT_DECAY) == (0.9, 1e-4)
     assert cfg.INPUT.MIN_SIZE_TRAIN == (800,)
     assert (*(800, 1333, 1333),) == (
@@ -98,7 +105,8 @@ def test_settings_of_the_paper(read_cfg, config):
         cfg.INPUT.MAX_SIZE_TRAIN,
         cfg.INPUT.MAX_SIZE_TEST,
     )
-    assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("coco_2017_train",), ("coco_2017_val",))
+    test = () if "reconstruction_only" in name else ("coco_2017_val",)
+    assert (("coco_2017_train",), test) == (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
     assert cfg.MODEL.WEIGHTS.endswith(weights)
     assert ("RGB" if weights == MOBILENET else "BGR") == cfg.INPUT.FORMAT
     assert ("mask_rcnn" in name) == cfg.MODEL.MASK_ON

@@ -36,6 +36,7 @@ from labelenc.pictures import (
     picture_mapper,
     save_sheet,
 )
+from plaindet.messages import some_of
 from plaindet.modeling import CompleteCheckpointer
 
 
@@ -85,10 +86,6 @@ def read_cfg(config_file: str, opts: list[str]) -> CfgNode:
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     return cfg
-
-
-def _shorten(items: list[str]) -> str:
-    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
 
 
 def load_model(cfg: CfgNode, weights: str) -> tuple[torch.nn.Module, dict]:
@@ -155,7 +152,7 @@ def choose_images(args, cfg: CfgNode) -> list[dict]:
         chosen = {str(d["image_id"]): d for d in dataset_dicts}
         unknown = [image_id for image_id in args.image_ids if image_id not in chosen]
         if unknown:
-            raise ValueError(f"{dataset} has no image with the id {_shorten(unknown)}")
+            raise ValueError(f"{dataset} has no image with the id {some_of(unknown)}")
         return [chosen[image_id] for image_id in args.image_ids]
     chosen = [d for d in dataset_dicts if d.get("annotations")][: int(args.images[0])]
     if not chosen:

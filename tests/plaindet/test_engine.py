@@ -6,7 +6,13 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
-from plaindet.engine import PlainTrainer, build_evaluator, check_num_classes
+from plaindet import add_plaindet_config
+from plaindet.engine import (
+    PlainTrainer,
+    build_evaluator,
+    check_num_classes,
+    write_plain_config,
+)
 
 CONFIG = "quick/retinanet_R_18_baseline.yaml"
 
@@ -72,3 +78,16 @@ def test_evaluator_type(make_cfg):
     with pytest.raises(ValueError, match="odd has evaluator_type 'cityscapes_sem_seg', expected"):
         build_evaluator(cfg, "odd")
     MetadataCatalog.remove("odd")
+
+
+def test_plain_config_keeps_the_keys_of_plaindet_s_builders(make_cfg):
+    """Also where such a builder makes Detectron2's classes alone."""
+    cfg = make_cfg(
+        CONFIG,
+        *("MODEL.BACKBONE.NAME", "build_fpn_backbone", "MODEL.FPN.TOP_BLOCK_IN_FEATURE", "p5"),
+    )
+    write_plain_config(cfg, build_model(cfg))
+    plain = get_cfg()
+    add_plaindet_config(plain)
+    plain.merge_from_file(f"{cfg.OUTPUT_DIR}/plain_config.yaml")
+    assert plain.MODEL.FPN == cfg.MODEL.FPN

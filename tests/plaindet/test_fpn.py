@@ -82,10 +82,29 @@ def test_over_other_backbones(cfg):
             assert list(out[name].shape) == [1, 32, *size]
 
 
+def test_p7_without_relu(cfg):
+    """The same weights under the same names as with the ReLU, and P7 straight from P6."""
+    with_relu = build_backbone(cfg)
+    cfg.MODEL.FPN.TOP_BLOCK = "LastLevelP6P7WithoutReLU"
+    fpn = build_backbone(cfg)
+    fpn.load_state_dict(with_relu.state_dict(), strict=True)
+    x = torch.randn(1, 3, 96, 160)
+    with torch.no_grad():
+        out, expected = fpn(x), with_relu(x)
+        torch.testing.assert_close(out["p6"], expected["p6"])
+        torch.testing.assert_close(out["p7"], brute_force(out["p6"], fpn.top_block.p7))
+    assert (out["p6"] < 0).any()
+    assert fpn.output_shape() == with_relu.output_shape()
+
+
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("TOP_BLOCK", "LastLevelP6", "'LastLevelMaxPool' or 'LastLevelP6P7'"),
+        (
+            "TOP_BLOCK",
+            "LastLevelP6",
+            r"one of \['LastLevelMaxPool', 'LastLevelP6P7', 'LastLevelP6P7WithoutReLU'\]",
+        ),
         ("TOP_BLOCK_IN_FEATURE", "res4", r"one of \['res5', 'p5'\]"),
         ("TOP_BLOCK_IN_FEATURE", "p4", r"one of \['res5', 'p5'\]"),
     ],

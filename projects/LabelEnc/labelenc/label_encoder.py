@@ -159,7 +159,7 @@ def _build_top_block(detector_fpn: FPN, encoder_shapes: dict[str, ShapeSpec], na
         if in_feature in shapes:  # C5 and not P5
             in_feature = name_of_stride[shapes[in_feature].stride]
             in_channels = encoder_shapes[in_feature].channels
-        return LastLevelP6P7(in_channels, top_block.p7.out_channels, in_feature)
+        return type(top_block)(in_channels, top_block.p7.out_channels, in_feature)
     raise TypeError(
         "LabelEnc knows FPNs with LastLevelMaxPool, LastLevelP6P7 or no extra levels, found "
         f"{type(top_block)}"

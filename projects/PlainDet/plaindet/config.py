@@ -11,10 +11,10 @@ def add_plaindet_config(cfg: CfgNode) -> None:
 
     # For build_fpn_backbone: the registered builder of the network below the FPN.
     cfg.MODEL.FPN.BOTTOM_UP = "build_resnet_backbone"
-    # For build_fpn_backbone: the extra levels, "LastLevelMaxPool" (one, from p5) or
-    # "LastLevelP6P7" (two, convolutions).
+    # For build_fpn_backbone: the extra levels, "LastLevelMaxPool" (one, from p5), "LastLevelP6P7"
+    # (two, convolutions) or "LastLevelP6P7WithoutReLU" (the same without the ReLU between them).
     cfg.MODEL.FPN.TOP_BLOCK = "LastLevelP6P7"
-    # What LastLevelP6P7 reads: "p5", or a feature of the network below ("res5").
+    # What the two convolutions read: "p5", or a feature of the network below ("res5").
     cfg.MODEL.FPN.TOP_BLOCK_IN_FEATURE = "p5"
 
     # MobileNetV2 (build_mobilenet_backbone).
@@ -47,7 +47,7 @@ def add_plaindet_config(cfg: CfgNode) -> None:
     cfg.MODEL.FCOS.BOX_REG_LOSS_TYPE = "giou"
     # Added to intersection and union in the IoU, in the units of the distances squared. 1.0 in the
     # original implementation.
-    cfg.MODEL.FCOS.IOU_SMOOTHING = 0.0
+    cfg.MODEL.FCOS.IOU_SMOOTHING = 1.0
     # Whether a position's centerness target is the weight of its box loss.
     cfg.MODEL.FCOS.CENTERNESS_WEIGHTED_BOX_LOSS = True
     # What the losses are divided by: "batch", the number of positives (or their weights) averaged
@@ -59,3 +59,35 @@ def add_plaindet_config(cfg: CfgNode) -> None:
     cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.0
     cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
     cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6
+
+    # GFL and ATSS. The defaults are mmdet's.
+    for name in ("GFL", "ATSS"):
+        node = cfg.MODEL[name] = CfgNode()
+        node.NUM_CLASSES = 80
+        node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+        # Convolutions in each of the two subnets of the head, and their normalisation.
+        node.NUM_CONVS = 4
+        node.NORM = "GN"
+        # Class probability at the start of the training.
+        node.PRIOR_PROB = 0.01
+        # The side of the one square anchor at each position, in strides.
+        node.ANCHOR_SCALE = 8.0
+        # Anchors of each level that can become positives of an object (k in the ATSS paper).
+        node.ASSIGNER_CANDIDATES = 9
+        # Of the GIoU loss.
+        node.BOX_LOSS_WEIGHT = 2.0
+        # Inference: class probability that a candidate needs, and candidates of each level.
+        node.SCORE_THRESH_TEST = 0.05
+        node.TOPK_CANDIDATES_TEST = 1000
+        node.NMS_THRESH_TEST = 0.6
+    # The sides of a box are distributions over distances of 0..REG_MAX strides.
+    cfg.MODEL.GFL.REG_MAX = 16
+    # The exponent beta of the quality focal loss.
+    cfg.MODEL.GFL.QUALITY_FOCAL_BETA = 2.0
+    # Of the distribution focal loss.
+    cfg.MODEL.GFL.DISTRIBUTION_LOSS_WEIGHT = 0.25
+    # Factors of the deltas (dx, dy, dw, dh): 1 / mmdet's standard deviations.
+    cfg.MODEL.ATSS.BBOX_REG_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+    # Of the class loss.
+    cfg.MODEL.ATSS.FOCAL_LOSS_ALPHA = 0.25
+    cfg.MODEL.ATSS.FOCAL_LOSS_GAMMA = 2.0

@@ -8,12 +8,15 @@ from detectron2.modeling import ROIHeads
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from torch import nn
 
-from plaindet.modeling import FCOS
+from plaindet.messages import some_of
+from plaindet.modeling import ATSS, FCOS, GFL
 
 # The config key that gives a module its number of classes.
 NUM_CLASSES_KEYS = {
     RetinaNet: "MODEL.RETINANET.NUM_CLASSES",
     FCOS: "MODEL.FCOS.NUM_CLASSES",
+    GFL: "MODEL.GFL.NUM_CLASSES",
+    ATSS: "MODEL.ATSS.NUM_CLASSES",
     ROIHeads: "MODEL.ROI_HEADS.NUM_CLASSES",
 }
 
@@ -41,10 +44,9 @@ def check_num_classes(cfg: CfgNode, model: nn.Module) -> None:
 
 def _check_count(key: str, num_classes: int, name: str, names: list[str]) -> None:
     if num_classes != len(names):
-        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         raise ValueError(
-            f"{key} is {num_classes}, but the data set {name} has {len(names)} classes ({shown}). "
-            f"Set {key} {len(names)}"
+            f"{key} is {num_classes}, but the data set {name} has {len(names)} classes "
+            f"({some_of(names, 10)}). Set {key} {len(names)}"
         )
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import BACKBONE_REGISTRY
 from torch import nn
 
 from plaindet.config import add_plaindet_config
@@ -17,7 +18,7 @@ def write_plain_config(cfg: CfgNode, model: nn.Module) -> None:
     or fine-tunes the run's checkpoints. With plaindet's keys too where the detector has parts of
     plaindet."""
     plain = get_cfg()
-    if _needs_plaindet(model):
+    if _needs_plaindet(cfg, model):
         add_plaindet_config(plain)
     _copy_known_keys(cfg, plain)
     if isinstance(model, TrainingOnlyModules):
@@ -26,10 +27,12 @@ def write_plain_config(cfg: CfgNode, model: nn.Module) -> None:
         f.write(plain.dump())
 
 
-def _needs_plaindet(model: nn.Module) -> bool:
+def _needs_plaindet(cfg: CfgNode, model: nn.Module) -> bool:
     plain_class = model.plain_class() if isinstance(model, TrainingOnlyModules) else type(model)
-    parts = [type(m) for name, m in model.named_modules() if name and not is_training_only(name)]
-    return any(part.__module__.startswith("plaindet.") for part in (plain_class, *parts))
+    modules = [type(m) for name, m in model.named_modules() if name and not is_training_only(name)]
+    # The builder too: it may build Detectron2's classes alone.
+    parts = (plain_class, BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME), *modules)
+    return any(part.__module__.startswith("plaindet.") for part in parts)
 
 
 def _copy_known_keys(source: CfgNode, target: CfgNode) -> None:

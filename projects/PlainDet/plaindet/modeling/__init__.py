@@ -1,10 +1,15 @@
+from .anchor_center import AnchorCenterDetector
+from .atss import ATSS, ATSSHead
+from .atss_assigner import assign_atss
 from .deformable import (
     DeformableBottleneckBlock,
     DeformableConv2d,
     build_deformable_resnet_backbone,
 )
 from .fcos import FCOS, FCOSHead
-from .fpn import build_fpn_backbone
+from .fpn import LastLevelP6P7WithoutReLU, build_fpn_backbone
+from .gfl import GFL, GFLHead
 from .mobilenet import MobileNetV2, build_mobilenet_backbone
+from .normalizer import mean_over_processes
 from .teacher import CompleteCheckpointer, Teacher, build_teacher
 from .training_only import TrainingOnlyModules, is_training_only

@@ -106,7 +106,7 @@ class FCOS(detectron2_fcos.FCOS):
         *,
         normalize_distances: bool = True,
         box_reg_loss_type: str = "giou",
-        iou_smoothing: float = 0.0,
+        iou_smoothing: float = 1.0,
         centerness_weighted_box_loss: bool = True,
         loss_normalizer: str = "batch",
         test_class_score_thresh: float = 0.05,
@@ -123,7 +123,7 @@ class FCOS(detectron2_fcos.FCOS):
             loss_normalizer: "batch" or "moving_average" (Detectron2's).
             test_class_score_thresh: on the class probability.
             test_score_thresh: on sqrt(class probability * centerness).
-            vis_period, input_format: as for :class:`RetinaNet`.
+            vis_period, input_format: for methods that draw pictures in training.
             kwargs: as for Detectron2's FCOS; `center_sampling_radius` 0 takes all positions in a
                 box.
 
@@ -192,8 +192,8 @@ class FCOS(detectron2_fcos.FCOS):
 
     @torch.no_grad()
     def _match_anchors(self, gt_boxes: Boxes, anchors: list[Boxes]) -> torch.Tensor:
-        """As Detectron2's, with the range of a level including its limits, and smaller boxes
-        preferred exactly (Detectron2's difference to 1e8 rounds areas to 8 pixels).
+        """As Detectron2's, with the range of a level including its limits, and areas compared to
+        float precision (Detectron2's difference to 1e8 rounds them to 8 pixels).
 
         Returns:
             (M, R): for each of M boxes and R positions the quality of the match, 0 for none
@@ -237,10 +237,8 @@ class FCOS(detectron2_fcos.FCOS):
         centerness_logits = torch.cat(pred_centerness, dim=1).squeeze(dim=2).float()
         # Every position takes part with a weight, and not the positives alone, because selecting
         # them makes the host wait for the device.
-        one = distances.new_ones(())
-        distances = distances.where(positive[..., None], one)
-        target_distances = self._target_distances(anchors, gt_boxes)
-        target_distances = target_distances.where(positive[..., None], one)
+        distances = distances.where(positive[..., None], distances.new_ones(()))
+        target_distances = self._target_distances(anchors, gt_boxes, positive)
         centerness = centerness_target(target_distances)
 
         num_positives = positive.sum().float()
@@ -268,9 +266,20 @@ class FCOS(detectron2_fcos.FCOS):
             "loss_fcos_ctr": loss_centerness / normalizer,
         }
 
-    def _target_distances(self, anchors: list[Boxes], gt_boxes: list[torch.Tensor]) -> torch.Tensor:
+    def centerness_targets(
+        self, anchors: list[Boxes], gt_boxes: list[torch.Tensor], positive: torch.Tensor
+    ) -> torch.Tensor:
+        """The centerness (N, R) of the positives, and 0 for the rest; arguments as for `losses`,
+        `positive` is (N, R)."""
+        return positive * centerness_target(self._target_distances(anchors, gt_boxes, positive))
+
+    def _target_distances(
+        self, anchors: list[Boxes], gt_boxes: list[torch.Tensor], positive: torch.Tensor
+    ) -> torch.Tensor:
+        """(N, R, 4) with 1 where there is no target."""
         anchors = Boxes.cat(anchors).tensor
-        return torch.stack([self.box2box_transform.get_deltas(anchors, b) for b in gt_boxes])
+        distances = torch.stack([self.box2box_transform.get_deltas(anchors, b) for b in gt_boxes])
+        return distances.where(positive[..., None], distances.new_ones(()))
 
     def forward_inference(self, images, features, predictions) -> list[Instances]:
         """As Detectron2's; a candidate also needs a class probability above its threshold."""

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from math import log2
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
+
+
+class LastLevelP6P7WithoutReLU(LastLevelP6P7):
+    """Detectron2's LastLevelP6P7 without the ReLU between its two convolutions, as mmdet has it for
+    every dense detector but FCOS."""
+
+    def forward(self, c5: torch.Tensor) -> list[torch.Tensor]:
+        p6 = self.p6(c5)
+        return [p6, self.p7(p6)]
+
+
+TOP_BLOCKS = {block.__name__: block for block in (LastLevelP6P7, LastLevelP6P7WithoutReLU)}
 
 
 @BACKBONE_REGISTRY.register()
@@ -42,10 +55,10 @@ def _build_top_block(cfg: CfgNode, bottom_up: Backbone) -> nn.Module:
     fpn = cfg.MODEL.FPN
     if fpn.TOP_BLOCK == "LastLevelMaxPool":
         return LastLevelMaxPool()
-    if fpn.TOP_BLOCK != "LastLevelP6P7":
+    if fpn.TOP_BLOCK not in TOP_BLOCKS:
         raise ValueError(
-            f"MODEL.FPN.TOP_BLOCK is {fpn.TOP_BLOCK!r}, expected 'LastLevelMaxPool' or "
-            "'LastLevelP6P7'"
+            f"MODEL.FPN.TOP_BLOCK is {fpn.TOP_BLOCK!r}, expected one of "
+            f"{['LastLevelMaxPool', *TOP_BLOCKS]}"
         )
     # A feature of another stride would give levels that are not where their strides say.
     shapes = bottom_up.output_shape()
@@ -58,4 +71,4 @@ def _build_top_block(cfg: CfgNode, bottom_up: Backbone) -> nn.Module:
             f"{list(channels)}"
         )
     in_channels = channels[fpn.TOP_BLOCK_IN_FEATURE]
-    return LastLevelP6P7(in_channels, fpn.OUT_CHANNELS, fpn.TOP_BLOCK_IN_FEATURE)
+    return TOP_BLOCKS[fpn.TOP_BLOCK](in_channels, fpn.OUT_CHANNELS, fpn.TOP_BLOCK_IN_FEATURE)

@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from plaindet.config import add_plaindet_config
+from plaindet.messages import some_of
 
 
 class Teacher:
@@ -88,14 +89,10 @@ class CompleteCheckpointer(DetectionCheckpointer):
                 f"{key} {found} instead of {expected}"
                 for key, found, expected in incompatible.incorrect_shapes
             ]
-            raise ValueError(f"{self._file} does not fit this {name}: it has {_some(shapes)}")
+            raise ValueError(f"{self._file} does not fit this {name}: it has {some_of(shapes)}")
         if incompatible.missing_keys:
             raise ValueError(
                 f"{self._file} does not fit this {name}: it lacks "
-                f"{_some(incompatible.missing_keys)}"
+                f"{some_of(incompatible.missing_keys)}"
             )
         return incompatible
-
-
-def _some(items: list[str]) -> str:
-    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
