@@ -21,7 +21,7 @@ import yaml
 from labelenc.official_weights import (
     DIFFERENCES,
     FASTER_RCNN,
-    FCOS,
+    FCOS_KINDS,
     RETINANET,
     convert_official_weights,
     load_official_weights,
@@ -36,8 +36,6 @@ STEP2_CONFIGS = {
     "plain": "fcos_R_50_FPN_step2.yaml",
     "improved": "fcos_imprv_R_50_FPN_step2.yaml",
 }
-# Without and with the later improvements of FCOS. Their files have the same keys.
-FCOS_KINDS = ("plain", "improved")
 
 
 def parse_args(arguments):
@@ -54,19 +52,15 @@ def convert(source: str, output: str, fcos: str | None) -> None:
     Raises:
         FileNotFoundError, ValueError: the source cannot be converted; nothing is written.
     """
-    converted = convert_official_weights(load_official_weights(source), source)
-    detector = converted["description"]["detector"]
-    if fcos and detector != FCOS:
-        raise ValueError(f"--fcos is for files of FCOS, {source} is one of {detector}")
-    if not fcos and detector == FCOS:
-        raise ValueError(
-            f"{source} is a file of FCOS. Say which with --fcos {' or '.join(FCOS_KINDS)}: both "
-            "have the same keys, and use them in different ways"
-        )
     config_file = Path(output).with_suffix(".yaml")
+    if config_file == Path(output):
+        raise ValueError(f"{output} is the name of the config that is written beside the weights")
+    converted = convert_official_weights(load_official_weights(source), source, fcos)
+    detector = converted["description"]["detector"]
     base = os.path.relpath(CONFIGS / STEP2_CONFIGS[fcos or detector], config_file.parent)
     keys = {**official_config(converted), "LABELENC": {"STEP1_FILE": output}}
-    config = {"_BASE_": base, "MODEL": keys}
+    folder = str(Path(output).with_suffix("")) + "_step2"
+    config = {"_BASE_": base, "OUTPUT_DIR": folder, "MODEL": keys}
     config_text = yaml.safe_dump(config, sort_keys=False, default_flow_style=None)
 
     config_file.parent.mkdir(parents=True, exist_ok=True)

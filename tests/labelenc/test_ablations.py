@@ -236,6 +236,9 @@ def test_teacher_that_does_not_fit_the_student(make_cfg, teacher_file):
     deep = make_cfg(STEP2, *options, "MODEL.RETINANET.NUM_CONVS", "3")
     with pytest.raises(ValueError, match=f"{BASELINE} has another head: only in the config "):
         LabelEncTrainer(deep).resume_or_load(resume=False)
+    without_norm = make_cfg(STEP2, *options, "MODEL.FPN.NORM", "")
+    with pytest.raises(ValueError, match=f"{BASELINE} has another FPN: only in the config "):
+        LabelEncTrainer(without_norm).resume_or_load(resume=False)
     with pytest.raises(ValueError, match="STEP is 1, which trains the label encoder. A teacher"):
         build_model(make_cfg(STEP1, *options))
     without = make_cfg(STEP2, *options[:-4], "MODEL.LABELENC.TEACHER.WEIGHTS", "")

@@ -46,6 +46,43 @@ def test_refuses_a_file_that_does_not_fit(make_cfg, step1_file, overrides, messa
     assert all(torch.equal(*pair) for pair in zip(before, model.parameters()))
 
 
+@pytest.mark.parametrize(
+    ("detector", "overrides", "message"),
+    [
+        (
+            "retinanet",
+            ("MODEL.RETINANET.BBOX_REG_WEIGHTS", "(10.0, 10.0, 5.0, 5.0)"),
+            r"'box_weights': \[1.0, .* in the file and {'box_weights': \[10.0, 10.0,",
+        ),
+        (
+            "retinanet",
+            ("MODEL.ANCHOR_GENERATOR.OFFSET", "0.5"),
+            "'anchor_offset': 0.0.*file.* 0.5",
+        ),
+        (
+            "fcos_imprv",
+            ("MODEL.FCOS.NORMALIZE_DISTANCES", "False"),
+            "'normalize_distances': True.* file and .*'normalize_distances': False",
+        ),
+        ("faster_rcnn", ("MODEL.ANCHOR_GENERATOR.OFFSET", "0.5"), "0.0} in the file and .* 0.5"),
+    ],
+)
+def test_refuses_a_head_with_another_meaning(make_cfg, tmp_path, detector, overrides, message):
+    """Weights of the same shapes, which another config would read in another way."""
+    path = str(tmp_path / "label_encoder.pth")
+    save_step1_file(build_model(make_cfg(f"quick/{detector}_R_18_labelenc_step1.yaml")), path)
+    model = build_model(make_cfg(f"quick/{detector}_R_18_labelenc_step2.yaml", *overrides))
+    with pytest.raises(ValueError, match=f"does not fit: settings is .*{message}"):
+        inherit_step1_file(model, path)
+
+
+def test_encoder_alone_fits_another_head(make_cfg, step1_file):
+    model = build_model(make_cfg(STEP2, "MODEL.RETINANET.NUM_CONVS", "3"))
+    inherit_step1_file(model, step1_file, with_detector=False)
+    saved = torch.load(step1_file, weights_only=True)["label_encoder"]
+    assert all(torch.equal(v, saved[k]) for k, v in model.label_encoder.state_dict().items())
+
+
 def test_keeps_the_statistics_of_a_pretrained_backbone(make_cfg, step1_file):
     """Inheriting head and FPN leaves a frozen batch norm as it was loaded from ImageNet weights."""
     model = build_model(make_cfg(STEP2, "MODEL.RESNETS.NORM", "FrozenBN"))
@@ -67,7 +104,7 @@ def edited(path, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 7}, "has version 7, expected version 1"),
+        ({"version": 7}, "has version 7, expected version 2"),
         (
             {"description": {"detector": "FCOS", "num_classes": 3, "fpn": {}}},
             "detector is FCOS in the file and RetinaNet in the config; fpn is {} in the file",

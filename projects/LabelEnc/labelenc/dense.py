@@ -37,7 +37,19 @@ class LabelEncDenseDetector(LabelEncDetector):
 class LabelEncRetinaNet(LabelEncDenseDetector, RetinaNet):
     """RetinaNet trained with LabelEnc."""
 
+    def head_settings(self):
+        return {
+            "box_weights": list(self.box2box_transform.weights),
+            "anchor_offset": self.anchor_generator.offset,
+        }
+
 
 @META_ARCH_REGISTRY.register()
 class LabelEncFCOS(LabelEncDenseDetector, FCOS):
     """FCOS trained with LabelEnc."""
+
+    def head_settings(self):
+        return {
+            "normalize_distances": self.head.normalize_distances,
+            "centerness_on_box_subnet": self.head.centerness_on_box_subnet,
+        }

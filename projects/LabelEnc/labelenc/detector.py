@@ -108,6 +108,11 @@ class LabelEncDetector(TrainingOnlyModules):
         """The number of classes of the detector, from the arguments of its constructor."""
         return detector["num_classes"]
 
+    def head_settings(self) -> dict:
+        """What gives the weights of the head their meaning, besides its class. Step 2 refuses a
+        step-1 file with other settings."""
+        return {}
+
     @property
     def label_encoder(self) -> FPN | None:
         """h(.; psi): from label maps to features like the backbone's."""
@@ -203,7 +208,8 @@ class LabelEncDetector(TrainingOnlyModules):
     def encode(self, batched_inputs: list[dict], images: ImageList) -> dict[str, torch.Tensor]:
         """h(y) of the batch, or the teacher's features in its place."""
         if self.teacher is not None:
-            return self.teacher.features(batched_inputs, self.input_format, self.device)
+            input_format = getattr(self, "input_format", "BGR")
+            return self.teacher.features(batched_inputs, input_format, self.device)
         if self.label_encoder is None:
             raise RuntimeError(
                 f"{type(self).__name__} was built without a label encoder, and set_teacher was not "
@@ -254,6 +260,7 @@ class LabelEncDetector(TrainingOnlyModules):
         pictures = [
             feature_picture(x[level][0], stride, image.shape[-2:]) for x in (features, encodings)
         ]
+        source = "label encoding" if self.teacher is None else "teacher"
         storage.put_image(
-            f"features_{level}: image | label encoding", np.hstack(pictures).transpose(2, 0, 1)
+            f"features_{level}: image | {source}", np.hstack(pictures).transpose(2, 0, 1)
         )

@@ -19,8 +19,12 @@ import os
 import torch
 from detectron2.utils.file_io import PathManager
 
+from plaindet.messages import some_of
+
 # The detectors, as the classes that a step-1 file names.
 RETINANET, FCOS, FASTER_RCNN = "RetinaNet", "FCOS", "GeneralizedRCNN"
+# Without and with the later improvements of FCOS. Their files have the same keys.
+FCOS_KINDS = ("plain", "improved")
 
 NUM_LEVELS = 5
 NUM_RATIOS = NUM_OCTAVE_SCALES = 3
@@ -59,23 +63,34 @@ def load_official_weights(path: str) -> dict[str, dict[str, torch.Tensor]]:
     return data
 
 
-def convert_official_weights(weights: dict[str, dict[str, torch.Tensor]], path: str) -> dict:
+def convert_official_weights(
+    weights: dict[str, dict[str, torch.Tensor]], path: str, fcos: str | None = None
+) -> dict:
     """Converts the content of a `label_encoding_function.pth`.
 
     Args:
         weights: as :func:`load_official_weights` returns it.
         path: of the file, for messages.
+        fcos: of an FCOS one of `FCOS_KINDS`, otherwise None.
 
     Returns:
         "description", "label_encoder" and "head", the arguments of `write_step1_file`
 
     Raises:
-        ValueError: keys or shapes are not those of an official RetinaNet, FCOS or Faster R-CNN.
+        ValueError: keys or shapes are not those of an official RetinaNet, FCOS or Faster R-CNN, or
+            the kind of the FCOS is not given.
     """
     weights = {name: _clean(group) for name, group in weights.items()}
     encoder_weights, rpn = weights["label_encoding_function"], weights["rpn"]
     detector = _find_detector(weights, path)
     num_classes = _find_num_classes(encoder_weights, path)
+    if detector == FCOS and fcos not in FCOS_KINDS:
+        raise ValueError(
+            f"{path} is a file of FCOS. Say which with --fcos {' or '.join(FCOS_KINDS)}: both have "
+            "the same keys, and use them in different ways"
+        )
+    if detector != FCOS and fcos is not None:
+        raise ValueError(f"--fcos is for files of FCOS, {path} is one of {detector}")
 
     where = f"{path}, 'label_encoding_function' of {detector}"
     encoder_layout = {**_encoder_layout(num_classes), **_fpn_layout(detector)}
@@ -94,7 +109,12 @@ def convert_official_weights(weights: dict[str, dict[str, torch.Tensor]], path: 
         head.update(_background_last(box_head))
 
     fpn = {f"p{level}": [CHANNELS, 2**level] for level in _levels(detector)}
-    description = {"detector": detector, "num_classes": num_classes, "fpn": fpn}
+    description = {
+        "detector": detector,
+        "num_classes": num_classes,
+        "fpn": fpn,
+        "settings": _head_settings(detector, fcos),
+    }
     return {"description": description, "label_encoder": label_encoder, "head": head}
 
 
@@ -129,6 +149,16 @@ def official_config(converted: dict) -> dict:
     }
 
 
+def _head_settings(detector: str, fcos: str | None) -> dict:
+    """See `LabelEncDetector.head_settings`."""
+    if detector == RETINANET:
+        return {"box_weights": [10.0, 10.0, 5.0, 5.0], "anchor_offset": 0.5}
+    if detector == FCOS:
+        improved = fcos == "improved"
+        return {"normalize_distances": improved, "centerness_on_box_subnet": improved}
+    return {"anchor_offset": 0.5}
+
+
 def _clean(group: dict) -> dict:
     """Without the prefix of DistributedDataParallel, and without anchors, which are no weights."""
     group = {str(key).removeprefix("module."): value for key, value in group.items()}
@@ -144,7 +174,7 @@ def _find_detector(weights: dict, path: str) -> str:
     if "head.cls_tower.0.weight" in rpn:
         return RETINANET
     raise ValueError(
-        f"{path}: 'rpn' has the keys {_some(rpn)}, expected those of the official RetinaNet "
+        f"{path}: 'rpn' has the keys {some_of(rpn)}; expected those of the official RetinaNet "
         "(head.cls_tower.*) or FCOS (head.centerness.*), or another group 'roi_heads'"
     )
 
@@ -153,7 +183,7 @@ def _find_num_classes(encoder_weights: dict, path: str) -> int:
     stem = encoder_weights.get("body.stage1.weight")
     if not isinstance(stem, torch.Tensor) or stem.dim() != 4:
         raise ValueError(
-            f"{path}: 'label_encoding_function' has the keys {_some(encoder_weights)}, expected "
+            f"{path}: 'label_encoding_function' has the keys {some_of(encoder_weights)}; expected "
             "body.stage1.weight of shape (128, classes, 7, 7) among them"
         )
     return stem.shape[1]
@@ -163,7 +193,10 @@ def _rename(weights: dict, layout: Layout, where: str) -> dict[str, torch.Tensor
     """The weights under our names. They have to have all keys and shapes of the layout."""
     missing, unknown = layout.keys() - weights.keys(), weights.keys() - layout.keys()
     if missing or unknown:
-        raise ValueError(f"{where}: missing keys {_some(missing)}, unknown keys {_some(unknown)}")
+        raise ValueError(
+            f"{where}: missing keys [{some_of(sorted(missing))}], unknown keys "
+            f"[{some_of(sorted(unknown))}]"
+        )
     found = {
         key: tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         for key, value in weights.items()
@@ -174,13 +207,8 @@ def _rename(weights: dict, layout: Layout, where: str) -> dict[str, torch.Tensor
         if found[key] != shape
     ]
     if wrong:
-        raise ValueError(f"{where}: {', '.join(_some(wrong))}")
+        raise ValueError(f"{where}: {some_of(wrong)}")
     return {ours: weights[key] for key, (ours, _) in layout.items()}
-
-
-def _some(names) -> list[str]:
-    names = sorted(names)
-    return names if len(names) <= 6 else [*names[:5], f"and {len(names) - 5} more"]
 
 
 def _levels(detector: str) -> range:

@@ -3,8 +3,9 @@
 It holds plain tensors and a small description, and nothing of the image branch's backbone::
 
     {
-        "version": 1,
-        "description": {"detector": "RetinaNet", "num_classes": 80, "fpn": {"p3": [256, 8], ...}},
+        "version": 2,
+        "description": {"detector": "RetinaNet", "num_classes": 80, "fpn": {"p3": [256, 8], ...},
+                        "settings": {"box_weights": [1.0, 1.0, 1.0, 1.0], ...}},
         "label_encoder": psi, the state dict of the encoder and its FPN,
         "head": theta_d, the plain detector's state dict without its backbone,
     }
@@ -22,19 +23,21 @@ from torch import nn
 from .detector import LabelEncDetector
 
 FILE_NAME = "label_encoder.pth"
-VERSION = 1
+VERSION = 2
 
 logger = logging.getLogger(__name__)
 
 
 def describe(model: LabelEncDetector) -> dict:
     """What a step-1 file has to agree on with the detector that uses it: the class of the plain
-    detector, the number of classes, and the FPN's levels as {name: [channels, stride]}."""
+    detector, the number of classes, the FPN's levels as {name: [channels, stride]}, and the head's
+    settings."""
     shapes = model.label_encoder.output_shape()
     return {
         "detector": model.plain_class().__name__,
         "num_classes": model.label_encoder.bottom_up.num_classes,
         "fpn": {name: [shape.channels, shape.stride] for name, shape in shapes.items()},
+        "settings": model.head_settings(),
     }
 
 
@@ -89,7 +92,8 @@ def inherit_step1_file(model: LabelEncDetector, path: str, with_detector: bool =
         raise ValueError(f"The step-1 file {path} does not fit: " + "; ".join(differences))
 
     _check_keys("label encoder", model.label_encoder.state_dict(), data["label_encoder"], path)
-    _check_keys("head", _head_state_dict(model), data["head"], path)
+    if with_detector:
+        _check_keys("head", _head_state_dict(model), data["head"], path)
     model.label_encoder.load_state_dict(data["label_encoder"])
     if with_detector:
         _load_matching_layers(model, {**_fpn(data["label_encoder"]), **data["head"]}, path)
@@ -103,12 +107,13 @@ def inherit_teacher(model: LabelEncDetector, path: str) -> None:
         path: of the teacher's config, for messages.
 
     Raises:
-        ValueError: the teacher's head is another one.
+        ValueError: the teacher's head or FPN is another one.
     """
     teacher = model.teacher.model
-    head = _head_state_dict(teacher)
+    head, fpn = _head_state_dict(teacher), _fpn(teacher.backbone.state_dict())
+    _check_keys("FPN", _fpn(model.backbone.state_dict()), fpn, path)
     _check_keys("head", _head_state_dict(model), head, path)
-    _load_matching_layers(model, {**_fpn(teacher.backbone.state_dict()), **head}, path)
+    _load_matching_layers(model, {**fpn, **head}, path)
 
 
 def _fpn(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

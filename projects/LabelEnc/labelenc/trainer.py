@@ -28,10 +28,6 @@ class LabelEncTrainer(PlainTrainer):
 
     def __init__(self, cfg: CfgNode):
         super().__init__(cfg)
-        # Here and not in the model, which also has to be built where nothing is trained.
-        if cfg.MODEL.LABELENC.TEACHER.CONFIG_FILE:
-            teacher = build_teacher(cfg.MODEL.LABELENC.TEACHER, cfg.MODEL.DEVICE)
-            self.plain_model.set_teacher(teacher)
         # Only the inner trainer calls after_backward.
         self._trainer.register_hooks([NoAdapterGradient(self.plain_model)])
 
@@ -48,6 +44,14 @@ class LabelEncTrainer(PlainTrainer):
             if frozen:
                 scaled.freeze()
         return scaled
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> LabelEncDetector:
+        """The model, which holds its teacher where it has one."""
+        model = super().build_model(cfg)
+        if cfg.MODEL.LABELENC.TEACHER.CONFIG_FILE:
+            model.set_teacher(build_teacher(cfg.MODEL.LABELENC.TEACHER, cfg.MODEL.DEVICE))
+        return model
 
     @classmethod
     def build_train_mapper(cls, cfg: CfgNode) -> PlainDatasetMapper:

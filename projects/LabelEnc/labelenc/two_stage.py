@@ -16,6 +16,9 @@ class LabelEncGeneralizedRCNN(LabelEncDetector, GeneralizedRCNN):
     def num_label_classes(detector):
         return detector["roi_heads"].num_classes
 
+    def head_settings(self):
+        return {"anchor_offset": self.proposal_generator.anchor_generator.offset}
+
     def losses_from_features(self, images, features, gt_instances):
         proposals, proposal_losses = self.proposal_generator(images, features, gt_instances)
         _, detector_losses = self.roi_heads(images, features, proposals, gt_instances)
