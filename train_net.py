@@ -8,22 +8,30 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils import comm
 
+from crosskd import CrossKDDetector, CrossKDTrainer, add_crosskd_config
 from labelenc import LabelEncDetector, LabelEncTrainer, add_labelenc_config
 from plaindet import add_plaindet_config
 from plaindet.data import register_coco_format
 from plaindet.engine import PlainTrainer, check_num_classes
 
 
-def setup(args) -> CfgNode:
-    """The config of the command line, with its data sets registered."""
+def read_config(config_file: str, overrides: list[str]) -> CfgNode:
+    """A config with the keys of Detectron2 and of all packages here."""
     cfg = get_cfg()
     add_plaindet_config(cfg)
     add_labelenc_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    add_crosskd_config(cfg)
+    cfg.merge_from_file(config_file)
+    cfg.merge_from_list(overrides)
+    return cfg
+
+
+def setup(args) -> CfgNode:
+    """The config of the command line, with its data sets registered."""
+    cfg = read_config(args.config_file, args.opts)
     cfg.freeze()
     register_coco_format(cfg.DATASETS.COCO_FORMAT)
     default_setup(cfg, args)
@@ -35,6 +43,8 @@ def trainer_class(cfg: CfgNode) -> type[PlainTrainer]:
     meta_architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     if issubclass(meta_architecture, LabelEncDetector):
         return LabelEncTrainer
+    if issubclass(meta_architecture, CrossKDDetector):
+        return CrossKDTrainer
     return PlainTrainer
 
 
@@ -42,7 +52,7 @@ def main(args):
     cfg = setup(args)
     Trainer = trainer_class(cfg)
     if args.eval_only:
-        model = Trainer.build_model(cfg)
+        model = build_model(cfg)  # not the trainer's, which may need a teacher
         check_num_classes(cfg, model)
         DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume

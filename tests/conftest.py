@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from labelenc import read_config
+import train_net
 from plaindet.data import find_coco_folder, register_coco_format
 
 REPOSITORY = Path(__file__).parent.parent
@@ -23,7 +23,7 @@ def read_cfg():
     """Returns a function that reads a file below configs/."""
 
     def read(config_file):
-        return read_config(REPOSITORY / "configs" / config_file)
+        return train_net.read_config(str(REPOSITORY / "configs" / config_file), [])
 
     return read
 
@@ -35,8 +35,8 @@ def make_cfg(tmp_path, read_cfg, tiny_data):
     def make(config_file, *overrides):
         cfg = read_cfg(config_file)
         cfg.MODEL.DEVICE = "cpu"
-        for head in (cfg.MODEL.RETINANET, cfg.MODEL.FCOS, cfg.MODEL.ROI_HEADS):
-            head.NUM_CLASSES = len(CLASSES)
+        for name in ("RETINANET", "FCOS", "GFL", "ATSS", "ROI_HEADS"):
+            cfg.MODEL[name].NUM_CLASSES = len(CLASSES)
         cfg.DATASETS.COCO_FORMAT = [list(entry) for entry in tiny_data]
         cfg.DATASETS.TRAIN = ("tiny_train",)
         cfg.DATASETS.TEST = ("tiny_val",)

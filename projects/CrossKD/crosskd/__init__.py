@@ -1,0 +1,23 @@
+"""CrossKD: cross-head knowledge distillation for dense detectors."""
+
+from .alignment import align_features
+from .config import add_crosskd_config
+from .dense import CrossKDATSS, CrossKDFCOS, CrossKDGFL, CrossKDRetinaNet
+from .detector import CrossKDDetector
+from .losses import box_loss, distribution_loss, feature_loss, quality_focal_loss
+from .trainer import CrossKDTrainer
+
+__all__ = [
+    "CrossKDATSS",
+    "CrossKDDetector",
+    "CrossKDFCOS",
+    "CrossKDGFL",
+    "CrossKDRetinaNet",
+    "CrossKDTrainer",
+    "add_crosskd_config",
+    "align_features",
+    "box_loss",
+    "distribution_loss",
+    "feature_loss",
+    "quality_focal_loss",
+]

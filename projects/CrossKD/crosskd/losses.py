@@ -1,0 +1,92 @@
+"""The distance functions D_pred of CrossKD (supplement, Sec. 1), without reduction.
+
+The teacher's side is a constant in all of them, and everything is computed in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from .alignment import standardize
+
+EPSILON = 1e-6
+
+
+def quality_focal_loss(
+    logits: torch.Tensor, teacher_logits: torch.Tensor, gamma: float = 1.0
+) -> torch.Tensor:
+    """|sigma(p) - sigma(p')|^gamma * BCE(sigma(p), sigma(p')) (Eq. 3). The gradient also flows
+    through the modulating factor. With `gamma` 0 it is the BCE of Table 1.
+
+    Args:
+        logits, teacher_logits: of one shape.
+
+    Returns:
+        of the same shape
+    """
+    logits, target = logits.float(), teacher_logits.detach().float().sigmoid()
+    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return loss * (logits.sigmoid() - target).abs().pow(gamma) if gamma > 0 else loss
+
+
+def distribution_loss(
+    logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """KL(s(p' / tau) || s(p / tau)) * tau^2 of discrete distributions (Eq. 2).
+
+    Args:
+        logits, teacher_logits: (..., bins)
+
+    Returns:
+        (...)
+    """
+    target = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
+    prediction = F.log_softmax(logits.float() / temperature, dim=-1)
+    loss = F.kl_div(prediction, target, reduction="none", log_target=True).sum(dim=-1)
+    return loss * temperature**2
+
+
+def box_loss(boxes: torch.Tensor, teacher_boxes: torch.Tensor, loss_type: str) -> torch.Tensor:
+    """The distance of decoded boxes.
+
+    Args:
+        boxes, teacher_boxes: (..., 4) XYXY.
+        loss_type: "giou" (1 - GIoU, Eq. 1), "iou" (-log IoU) or "l1".
+
+    Returns:
+        (...)
+    """
+    boxes, teacher_boxes = boxes.float(), teacher_boxes.detach().float()
+    if loss_type == "l1":
+        return (boxes - teacher_boxes).abs().sum(dim=-1)
+    top_left = torch.maximum(boxes[..., :2], teacher_boxes[..., :2])
+    bottom_right = torch.minimum(boxes[..., 2:], teacher_boxes[..., 2:])
+    intersection = (bottom_right - top_left).clamp(min=0).prod(dim=-1)
+    areas = (_sides(boxes).prod(dim=-1), _sides(teacher_boxes).prod(dim=-1))
+    union = (areas[0] + areas[1] - intersection).clamp(min=EPSILON)
+    iou = intersection / union
+    if loss_type == "iou":
+        return -iou.clamp(min=EPSILON).log()
+    top_left = torch.minimum(boxes[..., :2], teacher_boxes[..., :2])
+    bottom_right = torch.maximum(boxes[..., 2:], teacher_boxes[..., 2:])
+    enclosing = (bottom_right - top_left).clamp(min=0).prod(dim=-1).clamp(min=EPSILON)
+    return 1 - iou + (enclosing - union) / enclosing
+
+
+def _sides(boxes: torch.Tensor) -> torch.Tensor:
+    return boxes[..., 2:] - boxes[..., :2]
+
+
+def feature_loss(features: torch.Tensor, teacher_features: torch.Tensor) -> torch.Tensor:
+    """The loss of PKD (Cao et al., NeurIPS 2022): the mean of half the squared difference of
+    features that are standardised channel by channel.
+
+    Args:
+        features, teacher_features: (N, C, H, W) of one level.
+
+    Returns:
+        scalar
+    """
+    target = standardize(teacher_features.detach())
+    return F.mse_loss(standardize(features), target) / 2

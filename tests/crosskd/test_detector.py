@@ -1,0 +1,322 @@
+"""CrossKD's training of dense detectors."""
+
+import os
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import ImageList
+from detectron2.utils.analysis import find_unused_parameters
+from detectron2.utils.events import EventStorage
+
+from crosskd import CrossKDTrainer
+from plaindet import add_plaindet_config
+from plaindet.modeling import Teacher
+
+DETECTORS = ["retinanet", "fcos", "gfl", "atss"]
+detectors = pytest.mark.parametrize("detector", DETECTORS)
+KD = {"loss_kd_cls", "loss_kd_box"}
+
+
+@pytest.fixture
+def teacher_file(make_cfg, tmp_path):
+    def make(detector, *overrides):
+        torch.manual_seed(7)
+        cfg = make_cfg(f"quick/{detector}_R_34_teacher.yaml")
+        cfg.merge_from_list(list(overrides))
+        model = build_model(cfg)
+        path = tmp_path / f"{detector}_teacher.pth"
+        torch.save({"model": model.state_dict()}, path)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(make_cfg, teacher_file):
+    def make(detector, *overrides, teacher=()):
+        num_classes = f"MODEL.{detector.upper()}.NUM_CLASSES"
+        return CrossKDTrainer(
+            make_cfg(
+                f"quick/{detector}_R_18_crosskd.yaml",
+                *("MODEL.CROSSKD.TEACHER.WEIGHTS", str(teacher_file(detector, *teacher))),
+                *("MODEL.CROSSKD.TEACHER.OPTS", str([num_classes, 3, *teacher])),
+                *("SOLVER.MAX_ITER", "2"),
+                *overrides,
+            )
+        )
+
+    return make
+
+
+def losses_of(trainer):
+    with EventStorage():
+        return trainer.model(next(iter(trainer.data_loader)))
+
+
+def with_gradient(model, losses):
+    """The parameters that the losses reach."""
+    model.zero_grad()
+    sum(losses).backward(retain_graph=True)
+    return {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+@detectors
+def test_gradient_of_distillation(make_trainer, detector):
+    """It reaches the backbone and the subnets up to the position, and nothing behind it."""
+    trainer = make_trainer(detector, "MODEL.CROSSKD.FEATURE_WEIGHT", "1.0")
+    model, losses = trainer.model, losses_of(trainer)
+    assert KD | {"loss_kd_feature"} < losses.keys()
+    distilled = with_gradient(model, [losses[name] for name in KD])
+    before = {f"head.{subnet}.{i}" for subnet in ("cls_subnet", "bbox_subnet") for i in (0, 1)}
+    reached = {name.rpartition(".")[0] for name in distilled}
+    assert {name for name in reached if name.startswith("head")} == before
+    assert "backbone.bottom_up.stem.conv1" in reached
+    features = with_gradient(model, [losses["loss_kd_feature"]])
+    assert not any(name.startswith("head") for name in features)
+    assert "backbone.fpn_output3.weight" in features
+    detection = with_gradient(model, [v for k, v in losses.items() if not k.startswith("loss_kd")])
+    assert "head.cls_score.weight" in detection
+    assert "head.bbox_subnet.3.weight" in detection
+
+
+@pytest.mark.parametrize(
+    ("strategy", "reached"),
+    [
+        ("a", {"backbone", "before"}),
+        ("b", {"backbone", "before", "after"}),
+        ("c", {"backbone", "before", "after"}),
+        ("d", {"after"}),
+        ("mimicking", {"backbone", "before", "after"}),
+    ],
+)
+def test_gradient_of_each_strategy(make_trainer, strategy, reached):
+    """Fig. 1 of the supplement. In (d) the teacher's features go through the student's layers, so
+    the backbone gets nothing but through the statistics that they are given."""
+    trainer = make_trainer("retinanet", "MODEL.CROSSKD.STRATEGY", strategy)
+    losses = losses_of(trainer)
+    names = with_gradient(trainer.model, [losses["loss_kd_cls"]])
+    found = set()
+    for name in names:
+        layer = name.split(".")
+        is_after = layer[1] == "cls_score" or (layer[1] == "cls_subnet" and int(layer[2]) > 2)
+        found.add("backbone" if layer[0] == "backbone" else "after" if is_after else "before")
+    assert found >= reached
+    if strategy == "a":
+        assert "after" not in found
+
+
+@detectors
+def test_teacher_that_is_the_student(make_trainer, detector):
+    """Held features are not negative, so re-scaling to their own statistics changes nothing; the
+    cross-head predictions are then the teacher's own, and the losses those of equal inputs: 0."""
+    trainer = make_trainer(
+        detector,
+        *("MODEL.RESNETS.DEPTH", "34", "MODEL.RESNETS.NORM", "FrozenBN"),
+        *("MODEL.FPN.NORM", ""),
+        teacher=("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", ""),
+    )
+    model = trainer.model
+    model.load_state_dict(model.teacher.model.state_dict())
+    losses = losses_of(trainer)
+    assert losses["loss_kd_cls"].item() == pytest.approx(0, abs=1e-6)
+    assert losses["loss_kd_box"].item() == pytest.approx(0, abs=1e-4)
+
+
+@detectors
+def test_detection_losses_are_the_plain_detector_s(make_trainer, make_cfg, detector):
+    trainer = make_trainer(detector)
+    plain = build_model(make_cfg(f"quick/{detector}_R_18_baseline.yaml")).train()
+    plain.load_state_dict(trainer.model.state_dict(), strict=True)
+    batch = next(iter(trainer.data_loader))
+    with EventStorage():
+        losses, expected = trainer.model(batch), plain(batch)
+    assert losses.keys() - expected.keys() - {"loss_kd_centerness"} == KD
+    assert ("loss_kd_centerness" in losses) == (detector == "atss")
+    for name, loss in expected.items():
+        torch.testing.assert_close(losses[name], loss)
+
+
+def by_hand(model, batch, position):
+    """The cross-head predictions with plain loops, from the definition."""
+    images = model.preprocess_image(batch).tensor
+    student, teacher = model, model.teacher.model
+    cross_head = {"cls": [], "box": []}
+    for level in model.head_in_features:
+        for kind, subnet in (("cls", "cls_subnet"), ("box", "bbox_subnet")):
+            held = []
+            for detector in (student, teacher):
+                x = detector.backbone(images)[level]
+                layers = list(getattr(detector.head, subnet))
+                for layer in layers[: 3 * position]:
+                    x = layer(x)
+                held.append(x)
+            x = torch.empty_like(held[0])
+            for c in range(x.shape[1]):
+                mine, other = held[0][:, c], held[1][:, c]
+                deviations = [0 if t.numel() == 1 else t.std() for t in (mine, other)]
+                x[:, c] = (mine - mine.mean()) / (deviations[0] + 1e-6) * deviations[
+                    1
+                ] + other.mean()
+            x = x.relu() if position > 0 else x
+            for layer in list(getattr(teacher.head, subnet))[3 * position :]:
+                x = layer(x)
+            predictor = teacher.head.cls_score if kind == "cls" else teacher.head.bbox_pred
+            cross_head[kind].append(predictor(x))
+    return cross_head
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_cross_head_predictions(make_trainer, position, monkeypatch):
+    """At every position, levels of one cell included."""
+    trainer = make_trainer("retinanet", "MODEL.CROSSKD.POSITION", str(position))
+    model, batch = trainer.model, next(iter(trainer.data_loader))[:1]
+    seen = []
+    original = model.cross_head_predictions
+    monkeypatch.setattr(
+        model, "cross_head_predictions", lambda *args: seen.append(original(*args)) or seen[-1]
+    )
+    with EventStorage():
+        model(batch)
+        with torch.no_grad():
+            expected = by_hand(model, batch, position)
+    for prediction, kind, size in ((seen[0].logits, "cls", 3), (seen[0].regression, "box", 4)):
+        flat = [
+            x.unflatten(1, (-1, size)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in expected[kind]
+        ]
+        torch.testing.assert_close(prediction, torch.cat(flat, 1), rtol=1e-4, atol=1e-4)
+
+
+@detectors
+def test_training_run(make_trainer, make_cfg, detector, teacher_file):
+    """The teacher does not change and is in no checkpoint; the result is the plain detector."""
+    trainer = make_trainer(detector)
+    saved = torch.load(teacher_file(detector), weights_only=True)["model"]
+    with EventStorage():
+        unused = find_unused_parameters(trainer.model, next(iter(trainer.data_loader)))
+    assert not {n for n, p in trainer.model.named_parameters() if p.requires_grad} & set(unused)
+    trainer.train()
+    teacher = trainer.model.teacher.model
+    assert all(torch.equal(value, saved[key]) for key, value in teacher.state_dict().items())
+    assert not teacher.training
+
+    folder = trainer.cfg.OUTPUT_DIR
+    checkpoint = torch.load(os.path.join(folder, "model_final.pth"), weights_only=False)
+    cfg = get_cfg()
+    if detector != "retinanet":
+        add_plaindet_config(cfg)
+    cfg.merge_from_file(os.path.join(folder, "plain_config.yaml"))
+    plain = build_model(cfg)
+    assert "CrossKD" not in type(plain).__name__
+    plain.load_state_dict(checkpoint["model"], strict=True)
+    student = trainer.model.eval()
+    batch = [{"image": torch.rand(3, 64, 80) * 255}]
+    for model in (plain.eval(), student):
+        model.test_score_thresh = model.test_class_score_thresh = 0.0
+    found = [model(batch)[0]["instances"] for model in (plain, student)]
+    assert len(found[0]) > 0
+    assert torch.equal(found[0].scores, found[1].scores)
+    assert torch.equal(found[0].pred_boxes.tensor, found[1].pred_boxes.tensor)
+
+
+@pytest.mark.parametrize("strategy", ["a", "d"])
+def test_heads_of_another_width(make_trainer, strategy):
+    """A learned projection takes the features to the other head, for training only."""
+    trainer = make_trainer(
+        "retinanet",
+        "MODEL.CROSSKD.STRATEGY",
+        strategy,
+        teacher=("MODEL.FPN.OUT_CHANNELS", 96),
+    )
+    before = {k: v.clone() for k, v in trainer.model.training_only.state_dict().items()}
+    assert before.keys() == {"cls_projection.weight", "box_projection.weight"}
+    trainer.train()
+    after = trainer.model.training_only.state_dict()
+    assert not any(torch.equal(value, after[key]) for key, value in before.items())
+    assert not any("projection" in key for key in trainer.model.state_dict())
+
+
+def test_width_that_cannot_be_bridged(make_trainer):
+    with pytest.raises(ValueError, match=r"widths \[64, 96\] .* strategy 'b' a projection"):
+        make_trainer(
+            "retinanet",
+            *("MODEL.CROSSKD.STRATEGY", "b"),
+            teacher=("MODEL.FPN.OUT_CHANNELS", 96),
+        )
+
+
+def test_padding_cells_do_not_count(make_cfg):
+    """Cells that only the padding of a batch has get no weight, ignored anchors neither."""
+    model = build_model(make_cfg("quick/retinanet_R_18_crosskd.yaml"))
+    images = ImageList(torch.zeros(2, 3, 96, 128), [(96, 128), (40, 70)])
+    features = [torch.zeros(2, 1, -(-96 // s), -(-128 // s)) for s in (8, 16, 32, 64, 128)]
+    anchors = model.anchor_generator(features)
+    labels = torch.full((2, sum(map(len, anchors))), 3)
+    labels[0, :4], labels[1, 7] = torch.tensor([-1, 2, -1, 0]), 1
+    assignment = model.assignment(anchors, list(labels), [], images)
+    p3, p4, *_ = assignment.valid.split([len(level) for level in anchors], dim=1)
+    # 40 x 70 is padded to 64 x 96: 8 x 12 cells of P3, 4 x 6 of P4.
+    expected = torch.zeros(12, 16, 9)
+    expected[:8, :12] = 1
+    assert torch.equal(p3[1], expected.flatten())
+    assert p4[1].sum() == 4 * 6 * 9
+    assert p3[0, :4].tolist() == [0, 1, 0, 1]
+    assert p3[0, 4:].all()
+    assert assignment.positive.sum(dim=1).tolist() == [2, 1]
+    assert assignment.normalizer == 3
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        (["MODEL.RETINANET.NUM_CLASSES", 5], "number of classes is 5, the student's is 3"),
+        (["MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64], [128], [256]]], "teacher's anchors"),
+        (
+            ["MODEL.RETINANET.IN_FEATURES", ["p3", "p4"], "MODEL.ANCHOR_GENERATOR.SIZES", [[16]]],
+            r"strides of the levels is \[8, 16\]",
+        ),
+        (
+            ["MODEL.META_ARCHITECTURE", "FCOS"],
+            "meta-architecture is FCOS, the student's .* RetinaNet",
+        ),
+    ],
+)
+def test_teacher_that_does_not_fit(make_cfg, make_trainer, teacher, message):
+    cfg = make_cfg("quick/retinanet_R_34_teacher.yaml")
+    cfg.merge_from_list(teacher)
+    student = build_model(make_cfg("quick/retinanet_R_18_crosskd.yaml"))
+    with pytest.raises(ValueError, match=message):
+        student.set_teacher(Teacher(build_model(cfg)))
+
+
+def test_options(make_cfg):
+    for key, value, expected in (
+        ("STRATEGY", "e", "'a', 'b', 'c', 'd', 'mimicking'"),
+        ("POSITION", 3, "0, 1, 2"),
+        ("CLS_LOSS", "focal", "'qfl', 'bce'"),
+        ("CLS_REGION", "none", "'all', 'positive', 'negative'"),
+        ("BOX_LOSS", "l2", "'giou', 'iou', 'l1', 'kl'"),
+    ):
+        cfg = make_cfg("quick/retinanet_R_18_crosskd.yaml")
+        cfg.MODEL.CROSSKD[key] = value
+        with pytest.raises(ValueError, match=rf"MODEL.CROSSKD.{key} is .*, expected .*{expected}"):
+            build_model(cfg)
+
+
+def test_regions(make_trainer):
+    """Table 1: the losses of the positives and of the negatives add up to that of all."""
+    trainer = make_trainer("retinanet")
+    batch, losses = next(iter(trainer.data_loader)), {}
+    for region in ("positive", "negative", "all"):
+        trainer.model.cls_region = region
+        with EventStorage():
+            losses[region] = trainer.model(batch)["loss_kd_cls"].item()
+    assert losses["positive"] > 0
+    assert losses["positive"] + losses["negative"] == pytest.approx(losses["all"], rel=1e-5)
+
+
+def test_without_teacher(make_cfg):
+    model = build_model(make_cfg("quick/retinanet_R_18_crosskd.yaml")).train()
+    with pytest.raises(RuntimeError, match="CrossKDRetinaNet trains with a teacher"):
+        model([])
