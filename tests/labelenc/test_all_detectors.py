@@ -18,6 +18,8 @@ PLAIN_CLASS = {
     "retinanet": "RetinaNet",
     "fcos": "FCOS",
     "fcos_imprv": "FCOS",
+    "gfl": "GFL",
+    "atss": "ATSS",
     "faster_rcnn": "GeneralizedRCNN",
     "mask_rcnn": "GeneralizedRCNN",
 }
@@ -127,7 +129,7 @@ def test_both_steps_end_in_the_plain_detector(make_trainer, make_cfg, detector, 
         source = {key: value.clone() for key, value in trainer.plain_model.state_dict().items()}
 
     cfg = get_cfg()
-    if PLAIN_CLASS[detector] == "FCOS":
+    if PLAIN_CLASS[detector] in ("FCOS", "GFL", "ATSS"):
         add_plaindet_config(cfg)
     cfg.merge_from_file(str(outputs[2] / "plain_config.yaml"))
     plain = build_model(cfg).eval()

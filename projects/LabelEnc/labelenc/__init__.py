@@ -2,7 +2,13 @@
 
 from .config import add_labelenc_config, read_config
 from .dataset_mapper import LabelMapDatasetMapper
-from .dense import LabelEncDenseDetector, LabelEncFCOS, LabelEncRetinaNet
+from .dense import (
+    LabelEncATSS,
+    LabelEncDenseDetector,
+    LabelEncFCOS,
+    LabelEncGFL,
+    LabelEncRetinaNet,
+)
 from .detector import LabelEncDetector
 from .distance import FeatureAdapter, feature_distance
 from .label_encoder import LabelEncoder, build_label_encoder
@@ -13,9 +19,11 @@ from .two_stage import LabelEncGeneralizedRCNN
 
 __all__ = [
     "FeatureAdapter",
+    "LabelEncATSS",
     "LabelEncDenseDetector",
     "LabelEncDetector",
     "LabelEncFCOS",
+    "LabelEncGFL",
     "LabelEncGeneralizedRCNN",
     "LabelEncRetinaNet",
     "LabelEncTrainer",

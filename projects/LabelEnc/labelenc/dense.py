@@ -5,7 +5,7 @@ from __future__ import annotations
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 
-from plaindet.modeling import FCOS
+from plaindet.modeling import ATSS, FCOS, GFL
 
 from .detector import LabelEncDetector
 
@@ -53,3 +53,13 @@ class LabelEncFCOS(LabelEncDenseDetector, FCOS):
             "normalize_distances": self.head.normalize_distances,
             "centerness_on_box_subnet": self.head.centerness_on_box_subnet,
         }
+
+
+@META_ARCH_REGISTRY.register()
+class LabelEncGFL(LabelEncDenseDetector, GFL):
+    """GFL trained with LabelEnc."""
+
+
+@META_ARCH_REGISTRY.register()
+class LabelEncATSS(LabelEncDenseDetector, ATSS):
+    """ATSS trained with LabelEnc."""
