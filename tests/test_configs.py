@@ -1,4 +1,4 @@
-"""The configs for COCO: their numbers against the papers', and a training iteration of each."""
+"""The configs of the LabelEnc paper for COCO: their numbers, and a training iteration of each."""
 
 from pathlib import Path
 
@@ -91,45 +91,41 @@ def test_settings_of_the_paper(read_cfg, config):
     plain = name if name in PLAIN else name.partition("_FPN")[0] + "_FPN_1x"
     base_lr, weights = PLAIN[plain]
     solver, labelenc = cfg.SOLVER, cfg.MODEL.LABELENC
-    assert (16, base_lr, 0.1) == (solver.IMS_PER_BATCH, solver.BASE_LR, solver.GAMMA)
-    warmup_factor = 0.001 if name in MMDET else 0.333
-    assert (500, warmup_factor) == (solver.WARMUP_ITERS, round(solver.WARMUP_FACTOR, 3))
-    assert ("constant" if "fcos" in name else "linear") == solver.WARMUP_METHOD
-    biases = (1, 1e-4) if name in MMDET else (2, 0)
-    assert biases == (solver.BIAS_LR_FACTOR, solver.WEIGHT_DECAY_BIAS)
-    assert (1e-4 if "fcos" in name or name in MMDET else 0) == solver.WEIGHT_DECAY_NORM
+    is_mmdet = name in MMDET
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.GAMMA) == (16, base_lr, 0.1)
+    assert solver.WARMUP_ITERS == 500
+    assert solver.WARMUP_FACTOR == pytest.approx(0.001 if is_mmdet else 1 / 3, rel=1e-3)
+    assert solver.WARMUP_METHOD == ("constant" if "fcos" in name else "linear")
+    biases = (solver.BIAS_LR_FACTOR, solver.WEIGHT_DECAY_BIAS)
+    assert biases == ((1, 1e-4) if is_mmdet else (2, 0))
+    assert solver.WEIGHT_DECAY_NORM == (1e-4 if "fcos" in name or is_mmdet else 0)
     assert (solver.MOMENTUM, solver.WEIGHT_DECAY) == (0.9, 1e-4)
     assert cfg.INPUT.MIN_SIZE_TRAIN == (800,)
-    assert (*(800, 1333, 1333),) == (
-        cfg.INPUT.MIN_SIZE_TEST,
-        cfg.INPUT.MAX_SIZE_TRAIN,
-        cfg.INPUT.MAX_SIZE_TEST,
-    )
+    assert cfg.INPUT.MIN_SIZE_TEST == 800
+    assert cfg.INPUT.MAX_SIZE_TRAIN == cfg.INPUT.MAX_SIZE_TEST == 1333
     test = () if "reconstruction_only" in name else ("coco_2017_val",)
-    assert (("coco_2017_train",), test) == (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("coco_2017_train",), test)
     assert cfg.MODEL.WEIGHTS.endswith(weights)
-    assert ("RGB" if weights == MOBILENET else "BGR") == cfg.INPUT.FORMAT
-    assert ("mask_rcnn" in name) == cfg.MODEL.MASK_ON
+    assert cfg.INPUT.FORMAT == ("RGB" if weights == MOBILENET else "BGR")
+    assert cfg.MODEL.MASK_ON == ("mask_rcnn" in name)
 
     if name in STEP1:
         assert (labelenc.STEP, labelenc.WARMUP_ITERS) == (1, 30000)
         assert (solver.STEPS, solver.MAX_ITER) == ((90000, 110000), 120000)
-        assert STEP1[name] == (labelenc.LAMBDA1, labelenc.LAMBDA2)
+        assert (labelenc.LAMBDA1, labelenc.LAMBDA2) == STEP1[name]
     else:
         assert (solver.STEPS, solver.MAX_ITER) == ((60000, 80000), 90000)
     if name in STEP2 or name in VANILLA_KD:
         assert (labelenc.STEP, labelenc.CUTOFF_ITERS, labelenc.LAMBDA) == (2, 10000, 1)
     if name in LABELENC:
-        assert (
-            "masks" if "mask_rcnn" in name and name in LABELENC else "boxes"
-        ) == labelenc.LABEL_MAP
+        assert labelenc.LABEL_MAP == ("masks" if "mask_rcnn" in name else "boxes")
     if name in STEP2:
         source = read_cfg(f"LabelEnc/{STEP2[name]}.yaml")
-        assert f"{source.OUTPUT_DIR}/label_encoder.pth" == labelenc.STEP1_FILE
+        assert labelenc.STEP1_FILE == f"{source.OUTPUT_DIR}/label_encoder.pth"
     if name in VANILLA_KD:
         teacher = f"PlainDet/{VANILLA_KD[name]}.yaml"
-        assert f"configs/{teacher}" == labelenc.TEACHER.CONFIG_FILE
-        assert f"{read_cfg(teacher).OUTPUT_DIR}/model_final.pth" == labelenc.TEACHER.WEIGHTS
+        assert labelenc.TEACHER.CONFIG_FILE == f"configs/{teacher}"
+        assert labelenc.TEACHER.WEIGHTS == f"{read_cfg(teacher).OUTPUT_DIR}/model_final.pth"
 
 
 def test_output_folders_differ(read_cfg):

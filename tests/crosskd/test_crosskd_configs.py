@@ -1,0 +1,88 @@
+"""The configs of CrossKD for COCO: their numbers, and a training iteration of each."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+import train_net
+from crosskd import CrossKDTrainer
+from plaindet.modeling import Teacher
+
+FOLDER = Path(train_net.__file__).parent / "configs" / "CrossKD"
+
+ONE, TWO = ((58640, 80630), 87960), ((117280, 161260), 175920)
+# config: schedule of 12 or 24 epochs, teacher
+SCHEDULE = {
+    "gfl_R_50_FPN_from_R_101": (ONE, "gfl_R_101"),
+    "gfl_R_18_FPN_from_R_50": (ONE, "gfl_R_50"),
+    "gfl_R_18_FPN_from_R_101": (ONE, "gfl_R_101"),
+    "gfl_R_34_FPN_from_R_101": (ONE, "gfl_R_101"),
+    "retinanet_R_50_FPN_from_R_101": (TWO, "retinanet_R_101"),
+    "retinanet_R_18_FPN_from_R_50": (ONE, "retinanet_R_50"),
+    "atss_R_50_FPN_from_R_101": (ONE, "atss_R_101"),
+    "fcos_R_50_FPN_from_R_101": (TWO, "fcos_R_101"),
+}
+# detector: position; kind and weight of the box loss; weights of classes and centerness
+LOSSES = {
+    "gfl": (3, "kl", 4, 1, 0),
+    "retinanet": (3, "giou", 1, 1, 0),
+    "atss": (3, "giou", 1, 1, 1),
+    "fcos": (2, "iou", 0.75, 0.4, 0),
+}
+
+
+def test_every_config_is_in_the_table():
+    found = {path.stem for path in FOLDER.glob("*.yaml")}
+    assert {name for name in found if not name[0].isupper()} == SCHEDULE.keys()
+
+
+@pytest.mark.parametrize("name", SCHEDULE)
+def test_settings_of_the_official_code(read_cfg, name):
+    cfg, detector = read_cfg(f"CrossKD/{name}.yaml"), name.partition("_")[0]
+    solver, crosskd = cfg.SOLVER, cfg.MODEL.CROSSKD
+    (steps, max_iter), teacher = SCHEDULE[name]
+    assert (solver.STEPS, solver.MAX_ITER, solver.IMS_PER_BATCH) == (steps, max_iter, 16)
+    assert (solver.BASE_LR, solver.WARMUP_ITERS, solver.WEIGHT_DECAY) == (0.01, 500, 1e-4)
+    assert LOSSES[detector] == (
+        crosskd.POSITION,
+        crosskd.BOX_LOSS,
+        crosskd.BOX_WEIGHT,
+        crosskd.CLS_WEIGHT,
+        crosskd.CENTERNESS_WEIGHT,
+    )
+    assert (crosskd.STRATEGY, crosskd.CLS_LOSS, crosskd.CLS_GAMMA) == ("a", "qfl", 1)
+    assert crosskd.TEACHER.CONFIG_FILE == f"output/teachers/{teacher}.yaml"
+    assert crosskd.TEACHER.WEIGHTS == f"output/teachers/{teacher}.pth"
+    assert cfg.MODEL.FPN.TOP_BLOCK_IN_FEATURE == "p5"
+    if detector == "fcos":
+        assert (solver.WARMUP_METHOD, round(solver.WARMUP_FACTOR, 3)) == ("constant", 0.333)
+        assert (solver.BIAS_LR_FACTOR, solver.WEIGHT_DECAY_BIAS) == (2, 0)
+        assert (solver.CLIP_GRADIENTS.CLIP_TYPE, solver.CLIP_GRADIENTS.CLIP_VALUE) == ("norm", 35)
+        assert (cfg.INPUT.FORMAT, cfg.MODEL.FPN.TOP_BLOCK) == ("BGR", "LastLevelP6P7")
+        assert cfg.INPUT.MIN_SIZE_TRAIN == (640, 800)
+    else:
+        assert (solver.WARMUP_METHOD, solver.WARMUP_FACTOR) == ("linear", 0.001)
+        assert (solver.BIAS_LR_FACTOR, solver.WEIGHT_DECAY_BIAS) == (1, 1e-4)
+        assert (cfg.INPUT.FORMAT, cfg.MODEL.RESNETS.STRIDE_IN_1X1) == ("RGB", False)
+        assert cfg.MODEL.FPN.TOP_BLOCK == "LastLevelP6P7WithoutReLU"
+        assert cfg.INPUT.MIN_SIZE_TRAIN == (800,)
+
+
+@pytest.mark.parametrize("name", SCHEDULE)
+def test_one_iteration(make_cfg, name):
+    """At a small size, without pretrained weights, with a teacher like the student."""
+    cfg = make_cfg(f"CrossKD/{name}.yaml")
+    assert train_net.trainer_class(cfg) is CrossKDTrainer
+    student = build_model(cfg).train()
+    cfg.MODEL.META_ARCHITECTURE = student.plain_class().__name__
+    student.set_teacher(Teacher(build_model(cfg), cfg.INPUT.FORMAT))
+    batch = next(iter(CrossKDTrainer.build_train_loader(cfg)))
+    with EventStorage():
+        losses = student(batch)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert losses["loss_kd_cls"] > 0
+    assert losses["loss_kd_box"] > 0
