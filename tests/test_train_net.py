@@ -75,13 +75,14 @@ def test_import_changes_nothing():
     code = """
 from detectron2.config import get_cfg
 before = get_cfg().dump()
-import labelenc, plaindet
+import crosskd, labelenc, plaindet
 assert get_cfg().dump() == before
 dumps = []
-for order in ([0, 1], [1, 0, 1, 0]):
+for order in ([0, 1, 2], [2, 1, 0, 2, 1, 0]):
     cfg = get_cfg()
     for i in order:
-        (plaindet.add_plaindet_config, labelenc.add_labelenc_config)[i](cfg)
+        package = (plaindet, labelenc, crosskd)[i]
+        getattr(package, f"add_{package.__name__}_config")(cfg)
     dumps.append(cfg.dump())
 assert dumps[0] == dumps[1] != before
 """
