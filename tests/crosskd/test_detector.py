@@ -316,6 +316,14 @@ def test_regions(make_trainer):
     assert losses["positive"] + losses["negative"] == pytest.approx(losses["all"], rel=1e-5)
 
 
+@pytest.mark.parametrize("box_loss", ["giou", "iou", "l1"])
+def test_box_losses_of_decoded_distributions(make_trainer, box_loss):
+    """GFL's boxes can also be distilled as boxes."""
+    trainer = make_trainer("gfl", "MODEL.CROSSKD.BOX_LOSS", box_loss)
+    losses = losses_of(trainer)
+    assert 0 < losses["loss_kd_box"] < float("inf")
+
+
 def test_without_teacher(make_cfg):
     model = build_model(make_cfg("quick/retinanet_R_18_crosskd.yaml")).train()
     with pytest.raises(RuntimeError, match="CrossKDRetinaNet trains with a teacher"):

@@ -305,7 +305,7 @@ def decode(anchors: list[Boxes], predictions: Predictions) -> torch.Tensor:
     boxes = predictions.detector.box2box_transform.apply_deltas(
         regression.flatten(0, 1), anchors.repeat(len(regression), 1)
     )
-    return boxes.view_as(regression)
+    return boxes.view(*regression.shape[:2], 4)
 
 
 def _check_option(key: str, value, expected) -> None:
