@@ -19,6 +19,7 @@ import os
 import torch
 from detectron2.utils.file_io import PathManager
 
+from plaindet.key_layout import Layout, anchors_by_size, layer_keys, rename_keys
 from plaindet.messages import some_of
 
 # The detectors, as the classes that a step-1 file names.
@@ -30,9 +31,6 @@ NUM_LEVELS = 5
 NUM_RATIOS = NUM_OCTAVE_SCALES = 3
 CHANNELS = 256
 FC_CHANNELS = 1024
-
-# For each official key our key and the shape.
-Layout = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def load_official_weights(path: str) -> dict[str, dict[str, torch.Tensor]]:
@@ -94,18 +92,18 @@ def convert_official_weights(
 
     where = f"{path}, 'label_encoding_function' of {detector}"
     encoder_layout = {**_encoder_layout(num_classes), **_fpn_layout(detector)}
-    label_encoder = _rename(encoder_weights, encoder_layout, where)
+    label_encoder = rename_keys(encoder_weights, encoder_layout, where)
 
     where = f"{path}, 'rpn' of {detector}"
     if detector == RETINANET:
-        head = _retinanet_order(_rename(rpn, _retinanet_layout(num_classes), where))
+        head = _retinanet_order(rename_keys(rpn, _retinanet_layout(num_classes), where))
     elif detector == FCOS:
         deformable = any(".offset." in key for key in rpn)
-        head = _one_vector_of_scales(_rename(rpn, _fcos_layout(num_classes, deformable), where))
+        head = _one_vector_of_scales(rename_keys(rpn, _fcos_layout(num_classes, deformable), where))
     else:
-        head = _rename(rpn, _rpn_layout(), where)
+        head = rename_keys(rpn, _rpn_layout(), where)
         where = f"{path}, 'roi_heads' of {detector}"
-        box_head = _rename(weights["roi_heads"], _box_head_layout(num_classes), where)
+        box_head = rename_keys(weights["roi_heads"], _box_head_layout(num_classes), where)
         head.update(_background_last(box_head))
 
     fpn = {f"p{level}": [CHANNELS, 2**level] for level in _levels(detector)}
@@ -189,42 +187,13 @@ def _find_num_classes(encoder_weights: dict, path: str) -> int:
     return stem.shape[1]
 
 
-def _rename(weights: dict, layout: Layout, where: str) -> dict[str, torch.Tensor]:
-    """The weights under our names. They have to have all keys and shapes of the layout."""
-    missing, unknown = layout.keys() - weights.keys(), weights.keys() - layout.keys()
-    if missing or unknown:
-        raise ValueError(
-            f"{where}: missing keys [{some_of(sorted(missing))}], unknown keys "
-            f"[{some_of(sorted(unknown))}]"
-        )
-    found = {
-        key: tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        for key, value in weights.items()
-    }
-    wrong = [
-        f"{key} is {found[key]} instead of {shape}"
-        for key, (_, shape) in layout.items()
-        if found[key] != shape
-    ]
-    if wrong:
-        raise ValueError(f"{where}: {some_of(wrong)}")
-    return {ours: weights[key] for key, (ours, _) in layout.items()}
-
-
 def _levels(detector: str) -> range:
     """The levels of the FPN, p2 to p6 or p3 to p7."""
     return range(2, 7) if detector == FASTER_RCNN else range(3, 8)
 
 
-def _layer(official: str, ours: str, *shape: int, bias: bool = True) -> Layout:
-    layout = {f"{official}.weight": (f"{ours}.weight", shape)}
-    if bias:
-        layout[f"{official}.bias"] = (f"{ours}.bias", shape[:1])
-    return layout
-
-
 def _encoder_layout(num_classes: int) -> Layout:
-    layout = _layer("body.stage1", "bottom_up.stem", 128, num_classes, 7, 7)
+    layout = layer_keys("body.stage1", "bottom_up.stem", 128, num_classes, 7, 7)
     in_channels = 128
     for stage, (width, blocks) in enumerate([(64, 1), (128, 2), (256, 2), (512, 1)], start=2):
         for block in range(blocks):
@@ -232,13 +201,15 @@ def _encoder_layout(num_classes: int) -> Layout:
             official = f"body.stage{stage}.{block}" if blocks > 1 else f"body.stage{stage}"
             ours = f"bottom_up.res{stage}.{block}"
             out_channels = 4 * width
-            layout.update(_layer(f"{official}.con1", f"{ours}.conv1", width, in_channels, 1, 1))
-            layout.update(_layer(f"{official}.con2", f"{ours}.conv2", width, width, 3, 3))
-            layout.update(_layer(f"{official}.con3", f"{ours}.conv3", out_channels, width, 1, 1))
+            layout.update(layer_keys(f"{official}.con1", f"{ours}.conv1", width, in_channels, 1, 1))
+            layout.update(layer_keys(f"{official}.con2", f"{ours}.conv2", width, width, 3, 3))
+            layout.update(
+                layer_keys(f"{official}.con3", f"{ours}.conv3", out_channels, width, 1, 1)
+            )
             if in_channels != out_channels:
                 shape = (out_channels, in_channels, 1, 1)
                 official, ours = f"{official}.downsample.0", f"{ours}.shortcut"
-                layout.update(_layer(official, ours, *shape, bias=False))
+                layout.update(layer_keys(official, ours, *shape, bias=False))
             in_channels = out_channels
     return layout
 
@@ -248,12 +219,12 @@ def _fpn_layout(detector: str) -> Layout:
     for level in range(_levels(detector)[0], 6):
         # The official numbers count the stages of the backbone after its stem.
         inner, outer = f"fpn.fpn_inner{level - 1}", f"fpn.fpn_layer{level - 1}"
-        layout.update(_layer(inner, f"fpn_lateral{level}", CHANNELS, 64 * 2**level, 1, 1))
-        layout.update(_layer(outer, f"fpn_output{level}", CHANNELS, CHANNELS, 3, 3))
+        layout.update(layer_keys(inner, f"fpn_lateral{level}", CHANNELS, 64 * 2**level, 1, 1))
+        layout.update(layer_keys(outer, f"fpn_output{level}", CHANNELS, CHANNELS, 3, 3))
     if detector != FASTER_RCNN:
         p6_channels = 2048 if detector == RETINANET else CHANNELS  # C5 or P5
-        layout.update(_layer("fpn.top_blocks.p6", "top_block.p6", CHANNELS, p6_channels, 3, 3))
-        layout.update(_layer("fpn.top_blocks.p7", "top_block.p7", CHANNELS, CHANNELS, 3, 3))
+        layout.update(layer_keys("fpn.top_blocks.p6", "top_block.p6", CHANNELS, p6_channels, 3, 3))
+        layout.update(layer_keys("fpn.top_blocks.p7", "top_block.p7", CHANNELS, CHANNELS, 3, 3))
     return layout
 
 
@@ -263,12 +234,12 @@ def _retinanet_layout(num_classes: int) -> Layout:
     for official, ours in (("cls_tower", "cls_subnet"), ("bbox_tower", "bbox_subnet")):
         for i in (0, 2, 4, 6):
             names = f"head.{official}.{i}", f"head.{ours}.{i}"
-            layout.update(_layer(*names, CHANNELS, CHANNELS, 3, 3))
+            layout.update(layer_keys(*names, CHANNELS, CHANNELS, 3, 3))
     for official, ours, channels in (
         ("cls_logits", "cls_score", num_anchors * num_classes),
         ("bbox_pred", "bbox_pred", num_anchors * 4),
     ):
-        layout.update(_layer(f"head.{official}", f"head.{ours}", channels, CHANNELS, 3, 3))
+        layout.update(layer_keys(f"head.{official}", f"head.{ours}", channels, CHANNELS, 3, 3))
     return layout
 
 
@@ -280,18 +251,18 @@ def _fcos_layout(num_classes: int, deformable: bool) -> Layout:
             if deformable and i == 9:
                 offset_channels = 3 * 3 * 3  # x, y and a mask of each position of the kernel
                 offset = [f"{name}.offset" for name in names]
-                layout.update(_layer(*offset, offset_channels, CHANNELS, 3, 3))
+                layout.update(layer_keys(*offset, offset_channels, CHANNELS, 3, 3))
                 names = f"{names[0]}.conv", names[1]
-            layout.update(_layer(*names, CHANNELS, CHANNELS, 3, 3))
+            layout.update(layer_keys(*names, CHANNELS, CHANNELS, 3, 3))
             # The group norm.
             names = f"head.{official}.{i + 1}", f"head.{ours}.{i + 1}"
-            layout.update(_layer(*names, CHANNELS))
+            layout.update(layer_keys(*names, CHANNELS))
     for official, ours, channels in (
         ("cls_logits", "cls_score", num_classes),
         ("bbox_pred", "bbox_pred", 4),
         ("centerness", "ctrness", 1),
     ):
-        layout.update(_layer(f"head.{official}", f"head.{ours}", channels, CHANNELS, 3, 3))
+        layout.update(layer_keys(f"head.{official}", f"head.{ours}", channels, CHANNELS, 3, 3))
     for i in range(NUM_LEVELS):
         layout[f"head.scales.{i}.scale"] = (f"head.scales.{i}", (1,))
     return layout
@@ -301,9 +272,9 @@ def _rpn_layout() -> Layout:
     # One size a level, so that the order of the anchors is that of the ratios in both codes.
     ours = "proposal_generator.rpn_head"
     return {
-        **_layer("head.conv", f"{ours}.conv", CHANNELS, CHANNELS, 3, 3),
-        **_layer("head.cls_logits", f"{ours}.objectness_logits", NUM_RATIOS, CHANNELS, 1, 1),
-        **_layer("head.bbox_pred", f"{ours}.anchor_deltas", NUM_RATIOS * 4, CHANNELS, 1, 1),
+        **layer_keys("head.conv", f"{ours}.conv", CHANNELS, CHANNELS, 3, 3),
+        **layer_keys("head.cls_logits", f"{ours}.objectness_logits", NUM_RATIOS, CHANNELS, 1, 1),
+        **layer_keys("head.bbox_pred", f"{ours}.anchor_deltas", NUM_RATIOS * 4, CHANNELS, 1, 1),
     }
 
 
@@ -311,15 +282,15 @@ def _box_head_layout(num_classes: int) -> Layout:
     extractor, predictor = "box.feature_extractor", "box.predictor"
     pooled = CHANNELS * 7 * 7  # flattened from (channels, 7, 7) in both codes
     return {
-        **_layer(f"{extractor}.fc6", "roi_heads.box_head.fc1", FC_CHANNELS, pooled),
-        **_layer(f"{extractor}.fc7", "roi_heads.box_head.fc2", FC_CHANNELS, FC_CHANNELS),
-        **_layer(
+        **layer_keys(f"{extractor}.fc6", "roi_heads.box_head.fc1", FC_CHANNELS, pooled),
+        **layer_keys(f"{extractor}.fc7", "roi_heads.box_head.fc2", FC_CHANNELS, FC_CHANNELS),
+        **layer_keys(
             f"{predictor}.cls_score",
             "roi_heads.box_predictor.cls_score",
             num_classes + 1,
             FC_CHANNELS,
         ),
-        **_layer(
+        **layer_keys(
             f"{predictor}.bbox_pred",
             "roi_heads.box_predictor.bbox_pred",
             (num_classes + 1) * 4,
@@ -329,11 +300,9 @@ def _box_head_layout(num_classes: int) -> Layout:
 
 
 def _retinanet_order(head: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The anchors of a position count sizes within ratios there, and ratios within sizes here."""
     for layer in ("head.cls_score", "head.bbox_pred"):
         for key in (f"{layer}.weight", f"{layer}.bias"):
-            by_ratio = head[key].unflatten(0, (NUM_RATIOS, NUM_OCTAVE_SCALES, -1))
-            head[key] = by_ratio.transpose(0, 1).flatten(0, 2)
+            head[key] = anchors_by_size(head[key], NUM_RATIOS, NUM_OCTAVE_SCALES)
     return head
 
 
