@@ -5,7 +5,7 @@ python train_net.py --config-file configs/... [--num-gpus N] [--resume] [KEY VAL
 """
 
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
@@ -13,27 +13,17 @@ from detectron2.utils import comm
 
 from crosskd import CrossKDDetector, CrossKDTrainer, add_crosskd_config
 from labelenc import LabelEncDetector, LabelEncTrainer, add_labelenc_config
-from plaindet import add_plaindet_config
-from plaindet.data import register_coco_format
+from plaindet import read_config
 from plaindet.engine import PlainTrainer, check_num_classes
 
-
-def read_config(config_file: str, overrides: list[str]) -> CfgNode:
-    """A config with the keys of Detectron2 and of all packages here."""
-    cfg = get_cfg()
-    add_plaindet_config(cfg)
-    add_labelenc_config(cfg)
-    add_crosskd_config(cfg)
-    cfg.merge_from_file(config_file)
-    cfg.merge_from_list(overrides)
-    return cfg
+# The keys of the methods.
+ADD_CONFIGS = (add_labelenc_config, add_crosskd_config)
 
 
 def setup(args) -> CfgNode:
     """The config of the command line, with its data sets registered."""
-    cfg = read_config(args.config_file, args.opts)
+    cfg = read_config(args.config_file, args.opts, ADD_CONFIGS)
     cfg.freeze()
-    register_coco_format(cfg.DATASETS.COCO_FORMAT)
     default_setup(cfg, args)
     return cfg
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import train_net
+from plaindet import read_config
 from plaindet.data import find_coco_folder, register_coco_format
 
 REPOSITORY = Path(__file__).parent.parent
@@ -23,7 +24,7 @@ def read_cfg():
     """Returns a function that reads a file below configs/."""
 
     def read(config_file):
-        return train_net.read_config(str(REPOSITORY / "configs" / config_file), [])
+        return read_config(REPOSITORY / "configs" / config_file, (), train_net.ADD_CONFIGS)
 
     return read
 

@@ -20,7 +20,8 @@ from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
-from labelenc import LabelEncoder, LabelMap, read_config
+from labelenc import LabelEncoder, LabelMap, add_labelenc_config
+from plaindet import read_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DETECTORS = ["retinanet", "fcos_imprv", "faster_rcnn", "mask_rcnn"]
@@ -75,7 +76,7 @@ def make_batch(args):
 
 
 def read_benchmark_config(args, config_file):
-    cfg = read_config(CONFIGS / config_file)
+    cfg = read_config(CONFIGS / config_file, (), [add_labelenc_config])
     cfg.MODEL.DEVICE = args.device
     for head in (cfg.MODEL.RETINANET, cfg.MODEL.FCOS, cfg.MODEL.ROI_HEADS):
         head.NUM_CLASSES = args.num_classes

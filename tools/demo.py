@@ -25,7 +25,7 @@ from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.modeling import build_model
 from detectron2.utils.visualizer import Visualizer
 
-from labelenc import read_config
+from labelenc import add_labelenc_config
 from labelenc.pictures import (
     draw_encoding,
     draw_features,
@@ -34,6 +34,7 @@ from labelenc.pictures import (
     picture_mapper,
     save_sheet,
 )
+from plaindet import read_config
 from plaindet.data import find_coco_folder, register_coco_format
 from plaindet.engine.checks import thing_classes
 
@@ -95,7 +96,8 @@ def train(output: Path, name: str, dataset: list[str]) -> None:
 
 
 def read_run_config(output: Path, name: str, dataset: list[str]) -> CfgNode:
-    return read_config(CONFIGS / RUNS[name], run_overrides(output, name, dataset))
+    overrides = run_overrides(output, name, dataset)
+    return read_config(CONFIGS / RUNS[name], overrides, [add_labelenc_config])
 
 
 def load_model(cfg: CfgNode, name: str = "model_final.pth") -> torch.nn.Module:

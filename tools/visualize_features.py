@@ -28,7 +28,8 @@ from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.modeling import FPN, build_backbone, build_model
 from detectron2.utils.file_io import PathManager
 
-from labelenc import build_label_encoder, read_config
+from crosskd import add_crosskd_config
+from labelenc import add_labelenc_config, build_label_encoder
 from labelenc.pictures import (
     draw_encoding,
     draw_features,
@@ -36,6 +37,7 @@ from labelenc.pictures import (
     picture_mapper,
     save_sheet,
 )
+from plaindet import read_config
 from plaindet.messages import some_of
 from plaindet.modeling import CompleteCheckpointer
 
@@ -82,7 +84,7 @@ def parse_weights(argument: str) -> tuple[str, str | None, str]:
 
 def read_cfg(config_file: str, opts: list[str]) -> CfgNode:
     """The config, on the CPU where there is no GPU."""
-    cfg = read_config(config_file, opts)
+    cfg = read_config(config_file, opts, [add_labelenc_config, add_crosskd_config])
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     return cfg

@@ -18,12 +18,13 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from golden import assert_golden
 from recipe import recipe_tensor
 
-from labelenc import LabelMap, inherit_step1_file, read_config
+from labelenc import LabelMap, add_labelenc_config, inherit_step1_file
 from labelenc.official_weights import (
     convert_official_weights,
     load_official_weights,
 )
 from labelenc.step1_file import write_step1_file
+from plaindet import read_config
 
 KEYS = json.loads((golden.FOLDER / "label_encoding_function_keys.json").read_text())
 # Of each official network: the tool's arguments and the detector's class.
@@ -192,7 +193,7 @@ def test_step_2_inherits_every_weight(run_tool, folder, network, caplog, capsys)
     assert str(output) in printed
     assert (folder / "label_encoder.yaml").read_text() in printed
 
-    cfg = read_config(folder / "label_encoder.yaml")
+    cfg = read_config(folder / "label_encoder.yaml", (), [add_labelenc_config])
     cfg.MODEL.DEVICE = "cpu"
     for key, value in CONFIG_KEYS[network].items():
         found = operator.attrgetter(key)(cfg.MODEL)

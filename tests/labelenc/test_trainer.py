@@ -116,6 +116,7 @@ def test_step1_file(step1):
         "detector": "RetinaNet",
         "num_classes": 3,
         "fpn": {f"p{level}": [64, 2**level] for level in range(3, 8)},
+        "settings": {"box_weights": [1.0, 1.0, 1.0, 1.0], "anchor_offset": 0.0},
     }
 
 

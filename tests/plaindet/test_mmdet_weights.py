@@ -9,6 +9,7 @@ import torch
 from detectron2.modeling import build_model
 from torch.nn import functional as F
 
+from plaindet import read_config
 from plaindet.mmdet_weights import (
     convert_mmdet_weights,
     find_network,
@@ -16,7 +17,6 @@ from plaindet.mmdet_weights import (
     mmdet_config,
 )
 from plaindet.modeling.teacher import CompleteCheckpointer
-from train_net import read_config
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_mmdet.py"
 CONFIGS = {

@@ -1,6 +1,6 @@
 """LabelEnc: a label encoding function as auxiliary supervision of a detector's backbone."""
 
-from .config import add_labelenc_config, read_config
+from .config import add_labelenc_config
 from .dataset_mapper import LabelMapDatasetMapper
 from .dense import (
     LabelEncATSS,
@@ -34,6 +34,5 @@ __all__ = [
     "build_label_encoder",
     "feature_distance",
     "inherit_step1_file",
-    "read_config",
     "save_step1_file",
 ]

@@ -1,29 +1,4 @@
-from __future__ import annotations
-
-import os
-from collections.abc import Sequence
-
-from detectron2.config import CfgNode, get_cfg
-
-from plaindet import add_plaindet_config
-from plaindet.data import register_coco_format
-
-
-def read_config(config_file: str | os.PathLike, overrides: Sequence[str] = ()) -> CfgNode:
-    """Reads a config with the keys of Detectron2, plaindet and LabelEnc, and registers the data
-    sets of its DATASETS.COCO_FORMAT.
-
-    Args:
-        config_file: yaml.
-        overrides: KEY VALUE pairs.
-    """
-    cfg = get_cfg()
-    add_plaindet_config(cfg)
-    add_labelenc_config(cfg)
-    cfg.merge_from_file(str(config_file))
-    cfg.merge_from_list(list(overrides))
-    register_coco_format(cfg.DATASETS.COCO_FORMAT)
-    return cfg
+from detectron2.config import CfgNode
 
 
 def add_labelenc_config(cfg: CfgNode) -> None:

@@ -8,9 +8,9 @@ except ModuleNotFoundError as error:
         "with `PYTHON=python tools/install.sh` (see the README), or as its own documentation says."
     ) from error
 
-from .config import add_plaindet_config
+from .config import add_plaindet_config, read_config
 from .data import register_shapes
 
 register_shapes()
 
-__all__ = ["add_plaindet_config"]
+__all__ = ["add_plaindet_config", "read_config"]

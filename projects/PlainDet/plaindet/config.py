@@ -1,4 +1,33 @@
-from detectron2.config import CfgNode
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+from detectron2.config import CfgNode, get_cfg
+
+from .data import register_coco_format
+
+
+def read_config(
+    config_file: str | os.PathLike,
+    overrides: Sequence[str] = (),
+    add_configs: Sequence[Callable[[CfgNode], None]] = (),
+) -> CfgNode:
+    """Reads a config with the keys of Detectron2 and plaindet, and registers the data sets of its
+    DATASETS.COCO_FORMAT.
+
+    Args:
+        config_file: yaml.
+        overrides: KEY VALUE pairs.
+        add_configs: the functions that add the keys of methods, as `add_labelenc_config`.
+    """
+    cfg = get_cfg()
+    for add_config in (add_plaindet_config, *add_configs):
+        add_config(cfg)
+    cfg.merge_from_file(str(config_file))
+    cfg.merge_from_list(list(overrides))
+    register_coco_format(cfg.DATASETS.COCO_FORMAT)
+    return cfg
 
 
 def add_plaindet_config(cfg: CfgNode) -> None:

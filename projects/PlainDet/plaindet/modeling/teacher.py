@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from plaindet.config import add_plaindet_config
+from plaindet.config import read_config
 from plaindet.messages import some_of
 
 
@@ -57,10 +57,7 @@ def build_teacher(node: CfgNode, device: str) -> Teacher:
     Raises:
         ValueError: the weights lack parameters of the config's detector.
     """
-    cfg = get_cfg()
-    add_plaindet_config(cfg)
-    cfg.merge_from_file(node.CONFIG_FILE)
-    cfg.merge_from_list(list(node.OPTS))
+    cfg = read_config(node.CONFIG_FILE, node.OPTS)
     cfg.MODEL.DEVICE = device
     model = build_model(cfg)
     CompleteCheckpointer(model).load(node.WEIGHTS or cfg.MODEL.WEIGHTS)
@@ -82,8 +79,11 @@ class CompleteCheckpointer(DetectionCheckpointer):
         return super().load(path, *args, **kwargs)
 
     def _load_model(self, checkpoint):
-        incompatible = super()._load_model(checkpoint)
         name = type(self.model).__name__
+        try:
+            incompatible = super()._load_model(checkpoint)
+        except ValueError as error:  # the file holds something else
+            raise ValueError(f"{self._file} does not fit this {name}: {error}") from error
         if incompatible.incorrect_shapes:
             shapes = [
                 f"{key} {found} instead of {expected}"
