@@ -54,7 +54,8 @@ def write_step1_file(
     label_encoder: dict[str, torch.Tensor],
     head: dict[str, torch.Tensor],
 ) -> None:
-    """Writes a step-1 file from its parts, named at the top of this module; as above at once."""
+    """Writes a step-1 file from its parts, which the top of this module describes. A file that is
+    at `path` already is replaced at once."""
     data = {
         "version": VERSION,
         "description": description,
