@@ -64,6 +64,11 @@ def test_refuses_a_file_that_does_not_fit(make_cfg, step1_file, overrides, messa
             ("MODEL.FCOS.NORMALIZE_DISTANCES", "False"),
             "'normalize_distances': True.* file and .*'normalize_distances': False",
         ),
+        (
+            "atss",
+            ("MODEL.ATSS.BBOX_REG_WEIGHTS", "(1.0, 1.0, 1.0, 1.0)"),
+            r"'box_weights': \[10.0, .* in the file and {'box_weights': \[1.0,",
+        ),
         ("faster_rcnn", ("MODEL.ANCHOR_GENERATOR.OFFSET", "0.5"), "0.0} in the file and .* 0.5"),
     ],
 )

@@ -63,3 +63,6 @@ class LabelEncGFL(LabelEncDenseDetector, GFL):
 @META_ARCH_REGISTRY.register()
 class LabelEncATSS(LabelEncDenseDetector, ATSS):
     """ATSS trained with LabelEnc."""
+
+    def head_settings(self):
+        return {"box_weights": list(self.box2box_transform.weights)}
