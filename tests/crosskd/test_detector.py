@@ -12,7 +12,6 @@ from detectron2.utils.events import EventStorage
 
 from crosskd import CrossKDTrainer
 from plaindet import add_plaindet_config
-from plaindet.modeling import Teacher
 
 DETECTORS = ["retinanet", "fcos", "gfl", "atss"]
 detectors = pytest.mark.parametrize("detector", DETECTORS)
@@ -37,11 +36,12 @@ def teacher_file(make_cfg, tmp_path):
 def make_trainer(make_cfg, teacher_file):
     def make(detector, *overrides, teacher=()):
         num_classes = f"MODEL.{detector.upper()}.NUM_CLASSES"
+        options = [num_classes, 3, "DATASETS.TRAIN", ("tiny_train",), *teacher]
         return CrossKDTrainer(
             make_cfg(
                 f"quick/{detector}_R_18_crosskd.yaml",
                 *("MODEL.CROSSKD.TEACHER.WEIGHTS", str(teacher_file(detector, *teacher))),
-                *("MODEL.CROSSKD.TEACHER.OPTS", str([num_classes, 3, *teacher])),
+                *("MODEL.CROSSKD.TEACHER.OPTS", str(options)),
                 *("SOLVER.MAX_ITER", "2"),
                 *overrides,
             )
@@ -220,6 +220,21 @@ def test_training_run(make_trainer, make_cfg, detector, teacher_file):
     assert torch.equal(found[0].pred_boxes.tensor, found[1].pred_boxes.tensor)
 
 
+def test_resuming(make_trainer):
+    """The teacher comes from its own files again, and the projection from the checkpoint."""
+    wide = ("MODEL.FPN.OUT_CHANNELS", 96)
+    make_trainer("retinanet", teacher=wide).train()
+    trainer = make_trainer("retinanet", "SOLVER.MAX_ITER", "3", teacher=wide)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 2
+    checkpoint = torch.load(trainer.checkpointer.get_checkpoint_file(), weights_only=False)
+    for state, module in (("model", trainer.model), ("training_only", trainer.model.training_only)):
+        assert checkpoint[state].keys() == module.state_dict().keys()
+        assert all(torch.equal(v, checkpoint[state][k]) for k, v in module.state_dict().items())
+    trainer.train()
+    assert trainer.iter == 3
+
+
 @pytest.mark.parametrize("strategy", ["a", "d"])
 def test_heads_of_another_width(make_trainer, strategy):
     """A learned projection takes the features to the other head, for training only."""
@@ -267,27 +282,56 @@ def test_padding_cells_do_not_count(make_cfg):
     assert assignment.normalizer == 3
 
 
+ANCHORS = "MODEL.ANCHOR_GENERATOR.SIZES"
+
+
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
         (["MODEL.RETINANET.NUM_CLASSES", 5], "number of classes is 5, the student's is 3"),
-        (["MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64], [128], [256]]], "teacher's anchors"),
+        ([ANCHORS, [[16], [32], [64], [128], [256]]], "teacher's anchors"),
         (
-            ["MODEL.RETINANET.IN_FEATURES", ["p3", "p4"], "MODEL.ANCHOR_GENERATOR.SIZES", [[16]]],
+            ["MODEL.RETINANET.IN_FEATURES", ["p3", "p4"], ANCHORS, [[16]]],
             r"strides of the levels is \[8, 16\]",
         ),
         (
-            ["MODEL.META_ARCHITECTURE", "FCOS"],
+            ["MODEL.META_ARCHITECTURE", "FCOS", "MODEL.FCOS.NUM_CLASSES", 3],
             "meta-architecture is FCOS, the student's .* RetinaNet",
+        ),
+        (
+            ["DATASETS.TRAIN", ("shapes_train",)],
+            r"trained on shapes_train with disc, .* but tiny_train has red, green, blue\.",
         ),
     ],
 )
-def test_teacher_that_does_not_fit(make_cfg, make_trainer, teacher, message):
-    cfg = make_cfg("quick/retinanet_R_34_teacher.yaml")
-    cfg.merge_from_list(teacher)
-    student = build_model(make_cfg("quick/retinanet_R_18_crosskd.yaml"))
+def test_teacher_that_does_not_fit(make_trainer, teacher, message):
     with pytest.raises(ValueError, match=message):
-        student.set_teacher(Teacher(build_model(cfg)))
+        make_trainer("retinanet", teacher=teacher)
+
+
+@pytest.mark.parametrize(
+    ("option", "error", "message"),
+    [
+        (("CONFIG_FILE", "none.yaml"), FileNotFoundError, "CONFIG_FILE: none.yaml does not exist"),
+        (("CONFIG_FILE", ""), ValueError, "MODEL.CROSSKD.TEACHER.CONFIG_FILE is empty"),
+        (("WEIGHTS", "none.pth"), FileNotFoundError, "TEACHER.WEIGHTS: none.pth does not exist"),
+    ],
+)
+def test_missing_files_of_a_teacher(make_trainer, option, error, message):
+    with pytest.raises(error, match=message):
+        make_trainer("retinanet", f"MODEL.CROSSKD.TEACHER.{option[0]}", option[1])
+
+
+def test_weights_of_a_part_of_the_teacher(make_trainer):
+    options = str(["MODEL.RETINANET.NUM_CLASSES", 3, "MODEL.RETINANET.NUM_CONVS", 3])
+    with pytest.raises(ValueError, match=r"retinanet_teacher.pth does not .* lacks head\."):
+        make_trainer("retinanet", "MODEL.CROSSKD.TEACHER.OPTS", options)
+
+
+def test_teacher_of_an_unknown_data_set(make_trainer, caplog):
+    """A teacher from elsewhere: its classes are counted, but their names are not known."""
+    make_trainer("retinanet", teacher=["DATASETS.TRAIN", ("elsewhere_train",)])
+    assert "trained on elsewhere_train, which is not registered here" in caplog.text
 
 
 def test_options(make_cfg):

@@ -156,7 +156,7 @@ def teacher_file(make_cfg, tmp_path):
 
 
 def teacher_options(teacher_file, *overrides):
-    opts = ["MODEL.RETINANET.NUM_CLASSES", 3, *overrides]
+    opts = ["MODEL.RETINANET.NUM_CLASSES", 3, "DATASETS.TRAIN", ("tiny_train",), *overrides]
     return (
         *SHORT,
         *("MODEL.LABELENC.TEACHER.CONFIG_FILE", f"configs/{BASELINE}"),
@@ -242,5 +242,5 @@ def test_teacher_that_does_not_fit_the_student(make_cfg, teacher_file):
     with pytest.raises(ValueError, match="STEP is 1, which trains the label encoder. A teacher"):
         build_model(make_cfg(STEP1, *options))
     without = make_cfg(STEP2, *options[:-4], "MODEL.LABELENC.TEACHER.WEIGHTS", "")
-    with pytest.raises(ValueError, match="No file with the weights of a RetinaNet is given"):
+    with pytest.raises(ValueError, match="MODEL.LABELENC.TEACHER.WEIGHTS is empty"):
         LabelEncTrainer(without)

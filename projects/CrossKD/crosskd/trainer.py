@@ -5,7 +5,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 from torch import nn
 
-from plaindet.engine import PlainTrainer
+from plaindet.engine import PlainTrainer, check_teacher_classes
 from plaindet.modeling import build_teacher
 
 
@@ -16,5 +16,9 @@ class CrossKDTrainer(PlainTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """The student, which holds its teacher."""
         model = super().build_model(cfg)
-        model.set_teacher(build_teacher(cfg.MODEL.CROSSKD.TEACHER, cfg.MODEL.DEVICE))
+        teacher = build_teacher(
+            cfg.MODEL.CROSSKD.TEACHER, cfg.MODEL.DEVICE, "MODEL.CROSSKD.TEACHER"
+        )
+        model.set_teacher(teacher)
+        check_teacher_classes(teacher, cfg)
         return model

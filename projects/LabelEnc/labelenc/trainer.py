@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 
 from plaindet.data import PlainDatasetMapper
-from plaindet.engine import PlainTrainer
+from plaindet.engine import PlainTrainer, check_teacher_classes
 from plaindet.modeling import build_teacher
 
 from .dataset_mapper import LabelMapDatasetMapper
@@ -50,7 +50,11 @@ class LabelEncTrainer(PlainTrainer):
         """The model, which holds its teacher where it has one."""
         model = super().build_model(cfg)
         if cfg.MODEL.LABELENC.TEACHER.CONFIG_FILE:
-            model.set_teacher(build_teacher(cfg.MODEL.LABELENC.TEACHER, cfg.MODEL.DEVICE))
+            teacher = build_teacher(
+                cfg.MODEL.LABELENC.TEACHER, cfg.MODEL.DEVICE, "MODEL.LABELENC.TEACHER"
+            )
+            model.set_teacher(teacher)
+            check_teacher_classes(teacher, cfg)
         return model
 
     @classmethod

@@ -21,13 +21,45 @@ def read_config(
         overrides: KEY VALUE pairs.
         add_configs: the functions that add the keys of methods, as `add_labelenc_config`.
     """
+    cfg = merge_config(config_file, overrides, add_configs)
+    register_coco_format(cfg.DATASETS.COCO_FORMAT)
+    return cfg
+
+
+def merge_config(
+    config_file: str | os.PathLike,
+    overrides: Sequence[str] = (),
+    add_configs: Sequence[Callable[[CfgNode], None]] = (),
+) -> CfgNode:
+    """As :func:`read_config`, without the data sets, which are not needed to build a detector."""
     cfg = get_cfg()
     for add_config in (add_plaindet_config, *add_configs):
         add_config(cfg)
+    cfg = RelativePathsCfgNode(cfg)
     cfg.merge_from_file(str(config_file))
+    cfg = CfgNode(cfg)
     cfg.merge_from_list(list(overrides))
-    register_coco_format(cfg.DATASETS.COCO_FORMAT)
     return cfg
+
+
+class RelativePathsCfgNode(CfgNode):
+    """A config whose files may name the files of a teacher by their paths from their own folder.
+
+    In a file, a relative MODEL.*.TEACHER.CONFIG_FILE or WEIGHTS is looked for in the folder of that
+    file, as its `_BASE_` is, and then in the current one, as OUTPUT_DIR is.
+    """
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
+        # The paths of the bases have been found already: this method reads them too.
+        loaded = super().load_yaml_with_base(filename, allow_unsafe=allow_unsafe)
+        for node in loaded.get("MODEL", {}).values():
+            teacher = node.get("TEACHER", {}) if isinstance(node, dict) else {}
+            for key in ("CONFIG_FILE", "WEIGHTS"):
+                if teacher.get(key):
+                    path = os.path.join(os.path.dirname(filename), teacher[key])
+                    teacher[key] = path if os.path.isfile(path) else teacher[key]
+        return loaded
 
 
 def add_plaindet_config(cfg: CfgNode) -> None:

@@ -1,3 +1,3 @@
-from .checks import check_num_classes
+from .checks import check_num_classes, check_teacher_classes
 from .plain_config import write_plain_config
 from .trainer import PlainTrainer, build_evaluator

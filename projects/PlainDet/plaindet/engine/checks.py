@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import ROIHeads
@@ -9,7 +11,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from torch import nn
 
 from plaindet.messages import some_of
-from plaindet.modeling import ATSS, FCOS, GFL
+from plaindet.modeling import ATSS, FCOS, GFL, Teacher
 
 # The config key that gives a module its number of classes.
 NUM_CLASSES_KEYS = {
@@ -48,6 +50,30 @@ def _check_count(key: str, num_classes: int, name: str, names: list[str]) -> Non
             f"{key} is {num_classes}, but the data set {name} has {len(names)} classes "
             f"({some_of(names, 10)}). Set {key} {len(names)}"
         )
+
+
+def check_teacher_classes(teacher: Teacher, cfg: CfgNode) -> None:
+    """Compares the class names of the data sets that a teacher was trained on with those of the
+    student's. A data set that is not registered here is passed over with a warning.
+
+    Raises:
+        ValueError: they differ; names both data sets and their classes.
+    """
+    student_dataset = cfg.DATASETS.TRAIN[0]
+    expected = thing_classes(student_dataset)
+    for name in teacher.train_datasets:
+        if name not in DatasetCatalog.list():
+            logging.getLogger(__name__).warning(
+                f"The teacher was trained on {name}, which is not registered here: the names of "
+                "its classes are not compared with the student's"
+            )
+        elif thing_classes(name) != expected:
+            raise ValueError(
+                f"The teacher needs the student's classes in the same order: by its config it was "
+                f"trained on {name} with {some_of(thing_classes(name), 10)}, but {student_dataset} "
+                f"has {some_of(expected, 10)}. If its config names the wrong data set, set "
+                "DATASETS.TRAIN in the teacher's OPTS"
+            )
 
 
 def thing_classes(dataset_name: str) -> list[str]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from plaindet.config import read_config
+from plaindet.config import merge_config
 from plaindet.messages import some_of
 
 
@@ -19,14 +22,18 @@ class Teacher:
     dict, optimizer or DistributedDataParallel wrapper.
     """
 
-    def __init__(self, model: nn.Module, input_format: str = "BGR"):
+    def __init__(
+        self, model: nn.Module, input_format: str = "BGR", train_datasets: Sequence[str] = ()
+    ):
         """
         Args:
             model: a Detectron2 detector with a `backbone` and `preprocess_image`.
             input_format: the channel order of its images, "BGR" or "RGB".
+            train_datasets: the names of the data sets it was trained on, if they are known.
         """
         self.model = model.eval().requires_grad_(False)
         self.input_format = input_format
+        self.train_datasets = train_datasets
 
     @torch.no_grad()
     def features(
@@ -46,22 +53,34 @@ class Teacher:
         return self.model.backbone(self.model.preprocess_image(batched_inputs).tensor)
 
 
-def build_teacher(node: CfgNode, device: str) -> Teacher:
+def build_teacher(node: CfgNode, device: str, key: str) -> Teacher:
     """Builds a teacher with its trained weights.
 
     Args:
         node: CONFIG_FILE, a config with the keys of Detectron2 and plaindet; WEIGHTS, or the
             config's MODEL.WEIGHTS if empty; OPTS, overrides of the config as KEY VALUE pairs.
         device: where to put it.
+        key: of the node, for messages.
 
     Raises:
-        ValueError: the weights lack parameters of the config's detector.
+        FileNotFoundError: a file that does not exist.
+        ValueError: no file is given, or the weights lack parameters of the config's detector.
     """
-    cfg = read_config(node.CONFIG_FILE, node.OPTS)
+    _check_file(node.CONFIG_FILE, f"{key}.CONFIG_FILE")
+    cfg = merge_config(node.CONFIG_FILE, node.OPTS)
     cfg.MODEL.DEVICE = device
+    weights = node.WEIGHTS or cfg.MODEL.WEIGHTS
+    _check_file(weights, f"{key}.WEIGHTS")
     model = build_model(cfg)
-    CompleteCheckpointer(model).load(node.WEIGHTS or cfg.MODEL.WEIGHTS)
-    return Teacher(model, cfg.INPUT.FORMAT)
+    CompleteCheckpointer(model).load(weights)
+    return Teacher(model, cfg.INPUT.FORMAT, cfg.DATASETS.TRAIN)
+
+
+def _check_file(path: str, key: str) -> None:
+    if not path:
+        raise ValueError(f"{key} is empty, expected a file of the teacher")
+    if "://" not in path and not os.path.isfile(path):
+        raise FileNotFoundError(f"{key}: {path} does not exist (from {os.getcwd()})")
 
 
 class CompleteCheckpointer(DetectionCheckpointer):
