@@ -10,10 +10,10 @@ STAMP := $(VENV)/.installed-$(firstword $(shell echo "$(DETECTRON2)" | cksum))
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format demo bench
+.PHONY: help install test lint format demo demo-crosskd bench
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 $(STAMP): tools/install.sh constraints.txt setup.cfg pyproject.toml
 	test -x $(PYTHON) || python3 -m venv $(VENV)
@@ -37,5 +37,9 @@ format: $(STAMP)  ## format the code
 demo: $(STAMP)  ## baseline, LabelEnc step 1 and step 2, and a report (DATASET=<COCO-format folder>)
 	$(PYTHON) tools/demo.py $(if $(DATASET),--dataset "$(DATASET)")
 
-bench: $(STAMP)  ## cost of LabelEnc as ratios to plain Detectron2
+demo-crosskd: $(STAMP)  ## teacher, student and CrossKD, and a report (DATASET=<folder>)
+	$(PYTHON) tools/demo_crosskd.py $(if $(DATASET),--dataset "$(DATASET)")
+
+bench: $(STAMP)  ## cost of both methods as ratios to plain Detectron2
 	$(PYTHON) tools/benchmark.py
+	$(PYTHON) tools/benchmark_crosskd.py

@@ -10,10 +10,13 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog
+from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
+import train_net
 from labelenc import save_step1_file
-from labelenc.pictures import DPI, PANEL_INCHES, save_sheet
+from plaindet import read_config
+from plaindet.pictures import DPI, PANEL_INCHES, detections_picture, save_sheet
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -25,34 +28,45 @@ def load_tool(name):
     return module
 
 
-def test_demo(tiny_data, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "last_row"),
+    [
+        ("demo", "LabelEnc, step 2 | 5 | 10"),
+        ("demo_crosskd", "student with CrossKD | 5 | 10"),
+    ],
+)
+def test_demo(tiny_data, tmp_path, monkeypatch, capfd, name, last_row):
     """From a COCO-format folder to the report; a second call trains nothing again."""
-    demo = load_tool("demo")
-    folder = Path(tiny_data[0][1]).parent.parent
+    demo = load_tool(name)
     small = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"]
     small += ["SOLVER.MAX_ITER", "5", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"]
-    overrides = [*demo.dataset_overrides(str(folder)), *small]
-    for name in demo.RUNS:
-        demo.train(tmp_path, name, overrides)
-    finished = (tmp_path / "step2" / "model_final.pth").stat().st_mtime
-    demo.train(tmp_path, "step2", overrides)
-    assert (tmp_path / "step2" / "model_final.pth").stat().st_mtime == finished
+    real = demo.dataset_overrides
+    monkeypatch.setattr(demo, "dataset_overrides", lambda *args: real(*args) + small)
+    folder = Path(tiny_data[0][1]).parent.parent
+    monkeypatch.setattr("sys.argv", [name, "--dataset", str(folder), "--output", str(tmp_path)])
+    demo.main()
+    capfd.readouterr()
+    demo.main()
+    assert capfd.readouterr().out.count("is finished already") == len(demo.RUNS) == 3
 
-    cfgs = {name: demo.read_run_config(tmp_path, name, overrides) for name in demo.RUNS}
-    demo.draw_pictures(tmp_path, cfgs)
-    report = demo.write_report(tmp_path, cfgs).read_text()
+    report = (tmp_path / "tiny" / "report.md").read_text()
     number = r"(?:nan|[\d.]+)"
-    row = re.search(rf"\| LabelEnc, step 2 \| 5 \| 10 \|(?: {number} \|){{3}} ([\d.]+) \|", report)
+    row = re.search(rf"\| {re.escape(last_row)} \|(?: {number} \|){{3}} ([\d.]+) \|", report)
     assert float(row[1]) > 0  # seconds an iteration
     for picture in re.findall(r"!\[.*\]\((.*)\)", report):
-        assert (tmp_path / picture).stat().st_size > 10_000, picture
+        assert (tmp_path / "tiny" / picture).stat().st_size > 10_000, picture
 
 
 def test_benchmark(monkeypatch, capsys):
     arguments = "benchmark --size 64 96 --num-classes 20 --rounds 1 --no-memory"
     arguments += " --detectors retinanet mask_rcnn"
     monkeypatch.setattr("sys.argv", arguments.split())
-    load_tool("benchmark").main()
+    benchmark, step1, step2 = load_tool("benchmark"), "labelenc_step1", "labelenc_step2"
+    small = {"plain": ("baseline", None), "step 1": (step1, True), "step 2": (step2, True)}
+    small["step 2, after the cut-off"] = (step2, False)
+    small = {row: (f"quick/{{}}_R_18_{name}.yaml", on) for row, (name, on) in small.items()}
+    monkeypatch.setattr(benchmark, "TRAINING", small)
+    benchmark.main()
     table = capsys.readouterr().out
     for detector in ("retinanet", "mask_rcnn"):
         assert re.search(rf"{detector} .*iteration .*\n.*\n\| plain \| [\d.]+ \| 1.000 \|", table)
@@ -60,6 +74,20 @@ def test_benchmark(monkeypatch, capsys):
         assert re.search(rf"\| {row} \| [\d.]+ \| [\d.]+ \|", table), row
     label_map = 3 * 64 * 96 * 4 / 2**20
     assert f"{label_map:.1f} MiB sparse, {label_map / 3 * 20:.1f} MiB dense" in table
+
+
+def test_benchmark_of_crosskd(monkeypatch, capsys):
+    arguments = "benchmark_crosskd --size 64 96 --num-classes 20 --rounds 1 --teacher-depth 18"
+    monkeypatch.setattr("sys.argv", [*arguments.split(), "--detectors", "gfl", "fcos"])
+    load_tool("benchmark_crosskd").main()
+    table = capsys.readouterr().out
+    for detector in ("gfl", "fcos"):
+        rows = re.search(
+            rf"{detector} R-18 from R-18.*\n.*\n\| plain student \| [\d.]+ \| ([\d.]+) \|\n"
+            r"\| teacher, forward pass \| [\d.]+ \| ([\d.]+) \|\n\| CrossKD \| [\d.]+ \| [\d.]+ \|",
+            table,
+        )
+        assert sum(map(float, rows.groups())) == pytest.approx(1, abs=0.002)
 
 
 @pytest.fixture
@@ -152,6 +180,31 @@ def test_visualize_features_of_chosen_images(runs, call):
     assert (runs / "sheets" / "0_1.png").exists()
 
 
+def test_visualize_distillation(runs, call, tmp_path):
+    """A row for each image, and in it the detections of each checkpoint as drawn from its own
+    inference; image files have no ground truth."""
+    arguments = feature_arguments(runs)[:-1] + [runs / "sheets" / "sheet.png"]
+    low = ["MODEL.RETINANET.SCORE_THRESH_TEST", "0.005"]
+    options = ["--score-threshold", "0.0", *arguments, *low]
+    ((*rows,),) = call("visualize_distillation", *options)
+    assert len(rows) == 2
+    assert all([t for t, _ in row] == ["ground truth", "baseline", "ours"] for row in rows)
+
+    cfg = read_config(runs / "baseline.yaml", low, train_net.ADD_CONFIGS)
+    cfg.MODEL.WEIGHTS = str(runs / "baseline.pth")
+    file = DatasetCatalog.get("tiny_val")[0]["file_name"]
+    bgr = cv2.imread(file)
+    instances = DefaultPredictor(cfg)(bgr)["instances"]
+    assert len(instances) > 0
+    expected = detections_picture(bgr[..., ::-1], instances, ["red", "green", "blue"], 0.0)
+    assert (rows[0][1][1] == expected).all()
+
+    (((image, *pictures),),) = call("visualize_distillation", "--images", file, *options)
+    assert image[0] == "image"
+    assert (image[1] == bgr[..., ::-1]).all()
+    assert (pictures[0][1] == expected).all()
+
+
 def test_visualize_features_errors(runs, call, capsys):
     arguments = feature_arguments(runs)
     state = torch.load(runs / "baseline.pth", weights_only=False)
@@ -212,7 +265,8 @@ def test_visualize_label_maps(make_cfg, tmp_path, call, kind):
     assert (augmented[0][1][1] != everything[1]).any()
 
 
-TOOLS = ["demo", "benchmark", "visualize_features", "visualize_label_maps"]
+TOOLS = ["demo", "demo_crosskd", "benchmark", "visualize_distillation", "visualize_features"]
+TOOLS += ["visualize_label_maps", "benchmark_crosskd"]
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -36,18 +36,33 @@ TRAINING = {
 }
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--detectors", nargs="+", default=DETECTORS, help="; ".join(DETECTORS))
-    parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))
+def add_arguments(parser, detectors, size):
+    """Adds the arguments of a benchmark of detectors."""
+    parser.add_argument("--detectors", nargs="+", default=detectors, help="; ".join(detectors))
+    parser.add_argument("--size", type=int, nargs=2, default=size, metavar=("H", "W"))
     parser.add_argument("--num-classes", type=int, default=80)
     parser.add_argument("--boxes", type=int, default=8, help="objects in an image")
     parser.add_argument("--present", type=int, default=3, help="classes present in an image")
     parser.add_argument("--images", type=int, default=1, help="images in a batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_arguments(parser, DETECTORS, size=(800, 1333))
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     return parser.parse_args()
+
+
+def print_settings(args):
+    height, width = args.size
+    print(
+        f"{args.images} image(s) of {height} x {width}, {args.num_classes} classes, {args.boxes} "
+        f"boxes of {args.present} classes, {args.device}, {torch.get_num_threads()} threads, "
+        f"{args.rounds} rounds",
+        flush=True,
+    )
 
 
 def make_batch(args):
@@ -88,12 +103,16 @@ def training_step(args, detector, name):
     """Returns a function that runs one training iteration of a variant."""
     config_file, distance_enabled = TRAINING[name]
     cfg = read_benchmark_config(args, config_file.format(detector))
-    model = build_model(cfg).train()
+    model = build_model(cfg)
     if distance_enabled is not None:
         model.distance_enabled = distance_enabled
+    return optimization_step(model, cfg, make_batch(args))
+
+
+def optimization_step(model, cfg, batch):
+    """Returns a function that trains a model on the same batch again."""
     cfg.SOLVER.BASE_LR = 1e-6  # random labels must not make the numbers explode
-    optimizer = build_optimizer(cfg, model)
-    batch = make_batch(args)
+    optimizer = build_optimizer(cfg, model.train())
 
     def step():
         optimizer.zero_grad()
@@ -198,14 +217,7 @@ def ratio_row(name, seconds, baseline, *more):
 
 def main():
     args = parse_args()
-    height, width = args.size
-    print(
-        f"{args.images} image(s) of {height} x {width}, {args.num_classes} classes, {args.boxes} "
-        f"boxes of {args.present} classes, {args.device}, {torch.get_num_threads()} threads, "
-        f"{args.rounds} rounds",
-        flush=True,
-    )
-
+    print_settings(args)
     memory = {}
     for detector in args.detectors if not args.no_memory else ():
         # First, since a new process starts with the peak of the one that made it.

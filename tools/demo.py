@@ -9,67 +9,40 @@ remove the output folder to start anew.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.modeling import build_model
-from detectron2.utils.visualizer import Visualizer
 
 from labelenc import add_labelenc_config
-from labelenc.pictures import (
-    draw_encoding,
-    draw_features,
-    ground_truth_picture,
-    label_map_picture,
-    picture_mapper,
-    save_sheet,
-)
+from labelenc.pictures import draw_encoding, draw_features, label_map_picture, picture_mapper
 from plaindet import read_config
-from plaindet.data import find_coco_folder, register_coco_format
 from plaindet.engine.checks import thing_classes
+from plaindet.pictures import detections_picture, ground_truth_picture, save_sheet
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-CONFIGS = REPOSITORY / "configs" / "quick"
+from demo_runs import (
+    CONFIGS,
+    dataset_overrides,
+    parse_args,
+    pictured_images,
+    read_metrics,
+    results_table,
+    train,
+)
+
 RUNS = {
     "baseline": "retinanet_R_18_baseline.yaml",
     "step1": "retinanet_R_18_labelenc_step1.yaml",
     "step2": "retinanet_R_18_labelenc_step2.yaml",
 }
 TITLES = {"baseline": "baseline", "step1": "LabelEnc step 1", "step2": "LabelEnc step 2"}
-NUM_PICTURES = 4
 SCORE_THRESHOLD = 0.3
 # The finest level: on images this small it has the size that the paper's second level has there.
 LEVEL = "p3"
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", help="folder in COCO format; default: the built-in shapes")
-    parser.add_argument("--output", default="output/demo")
-    return parser.parse_args()
-
-
-def dataset_overrides(folder: str | None) -> list[str]:
-    """The config overrides for a data set; none for the built-in one."""
-    if folder is None:
-        return []
-    train, val = datasets = find_coco_folder(folder)
-    register_coco_format(datasets)
-    return [
-        *("DATASETS.COCO_FORMAT", str([list(dataset) for dataset in datasets])),
-        *("DATASETS.TRAIN", str((train[0],)), "DATASETS.TEST", str((val[0],))),
-        *("MODEL.RETINANET.NUM_CLASSES", str(len(thing_classes(train[0])))),
-    ]
 
 
 def run_overrides(output: Path, name: str, dataset: list[str]) -> list[str]:
@@ -78,21 +51,6 @@ def run_overrides(output: Path, name: str, dataset: list[str]) -> list[str]:
         *("OUTPUT_DIR", str(output / name)),
         *("MODEL.LABELENC.STEP1_FILE", str(output / "step1" / "label_encoder.pth")),
     ]
-
-
-def train(output: Path, name: str, dataset: list[str]) -> None:
-    """Runs train_net.py, and notes the minutes it took."""
-    minutes_file = output / name / "minutes.json"
-    if minutes_file.exists():
-        print(f"{name} is finished already: {output / name}", flush=True)
-        return
-    command = [sys.executable, "-W", "ignore", str(REPOSITORY / "train_net.py"), "--resume"]
-    command += ["--config-file", str(CONFIGS / RUNS[name])]
-    command += run_overrides(output, name, dataset)
-    print(" ".join(command), flush=True)
-    start = time.time()
-    subprocess.run(command, check=True)
-    minutes_file.write_text(json.dumps((time.time() - start) / 60))
 
 
 def read_run_config(output: Path, name: str, dataset: list[str]) -> CfgNode:
@@ -110,35 +68,28 @@ def load_model(cfg: CfgNode, name: str = "model_final.pth") -> torch.nn.Module:
     return model
 
 
-def read_metrics(folder: Path) -> dict:
-    """The last value of every metric of a run."""
-    lines = (folder / "metrics.json").read_text().splitlines()
-    return {key: value for line in lines for key, value in json.loads(line).items()}
-
-
 @torch.no_grad()
 def draw_pictures(output: Path, cfgs: dict[str, CfgNode]) -> None:
     """Label maps, feature maps as in Fig. 3 of the paper, and detections of validation images."""
     cfg = cfgs["step2"]
     mapper = picture_mapper(cfg)
-    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
-    dataset_dicts = [d for d in DatasetCatalog.get(cfg.DATASETS.TEST[0]) if d["annotations"]]
+    class_names = thing_classes(cfg.DATASETS.TEST[0])
     models = {TITLES[name]: load_model(cfgs[name]) for name in RUNS}
     label_encoder = models[TITLES["step2"]].label_encoder
 
     label_maps, features, detections = [], [], []
-    for dataset_dict in dataset_dicts[:: max(len(dataset_dicts) // NUM_PICTURES, 1)][:NUM_PICTURES]:
+    for dataset_dict in pictured_images(cfg):
         inputs = mapper(dataset_dict)
         label_map = inputs["label_map"]
         image = convert_image_to_rgb(inputs["image"].permute(1, 2, 0), cfg.INPUT.FORMAT)
         label_maps.append([("image", image), ("label map", label_map_picture(image, label_map))])
 
         features.append([("image", image)])
-        truth = ground_truth_picture(image, inputs["instances"], metadata.thing_classes)
+        truth = ground_truth_picture(image, inputs["instances"], class_names)
         detections.append([("ground truth", truth)])
         for title, model in models.items():
             features[-1].append((title, draw_features(model, inputs, [LEVEL])[0]))
-            detections[-1].append((title, draw_detections(model, inputs, image, metadata)))
+            detections[-1].append((title, draw_detections(model, inputs, image, class_names)))
         encoding = draw_encoding(label_encoder, label_map, [LEVEL])[0]
         features[-1].append(("label encoding h(y)", encoding))
 
@@ -147,14 +98,10 @@ def draw_pictures(output: Path, cfgs: dict[str, CfgNode]) -> None:
     save_sheet(output / "detections.png", detections)
 
 
-def draw_detections(model, inputs, image, metadata):
+def draw_detections(model, inputs, image, class_names):
     height, width = inputs["image"].shape[-2:]
-    instances = model([{"image": inputs["image"], "height": height, "width": width}])[0][
-        "instances"
-    ]
-    instances = instances[instances.scores > SCORE_THRESHOLD]
-    visualizer = Visualizer(image, metadata, scale=3)
-    return visualizer.draw_instance_predictions(instances.to("cpu")).get_image()
+    inputs = {"image": inputs["image"], "height": height, "width": width}
+    return detections_picture(image, model([inputs])[0]["instances"], class_names, SCORE_THRESHOLD)
 
 
 def write_report(output: Path, cfgs: dict[str, CfgNode]) -> Path:
@@ -167,15 +114,6 @@ def write_report(output: Path, cfgs: dict[str, CfgNode]) -> Path:
         "step1": "LabelEnc, step 1 (its image branch)",
         "step2": "LabelEnc, step 2",
     }
-    rows = []
-    for name, title in titles.items():
-        minutes = json.loads((output / name / "minutes.json").read_text())
-        values = [results[name][f"bbox/{key}"] for key in ("AP", "AP50", "AP75")]
-        rows.append(
-            f"| {title} | {iterations[name]} | {totals[name]} | "
-            + " | ".join(f"{value:.1f}" for value in values)
-            + f" | {results[name]['time']:.2f} | {minutes:.1f} |"
-        )
     difference = results["step2"]["bbox/AP"] - results["baseline"]["bbox/AP"]
     factor = totals["step2"] / totals["baseline"]
     direction = "above" if difference >= 0 else "below"
@@ -187,9 +125,7 @@ def write_report(output: Path, cfgs: dict[str, CfgNode]) -> Path:
 A small RetinaNet (ResNet-18 from scratch, images of {cfg.INPUT.MIN_SIZE_TEST} px), trained on
 `{cfg.DATASETS.TRAIN[0]}` and evaluated on `{cfg.DATASETS.TEST[0]}`.
 
-| run | iterations | total iterations | AP | AP50 | AP75 | s / iteration | minutes |
-|---|---|---|---|---|---|---|---|
-{chr(10).join(rows)}
+{results_table(output, titles, iterations, totals)}
 
 The detector of step 2 is {abs(difference):.1f} AP {direction} the baseline that was trained for as
 many iterations as step 2 alone. In total LabelEnc trained {factor:.1f} times as many
@@ -218,17 +154,13 @@ Detections with a score above {SCORE_THRESHOLD}.
 
 
 def main():
-    args = parse_args()
-    # Threads that wait for each other should not keep the data loader's workers off the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    output = Path(args.output) / (Path(args.dataset).resolve().name if args.dataset else "")
-    output.mkdir(parents=True, exist_ok=True)
-    dataset = dataset_overrides(args.dataset)
-    for name in RUNS:
-        train(output, name, dataset)
-    cfgs = {name: read_run_config(output, name, dataset) for name in RUNS}
-    draw_pictures(output, cfgs)
-    report = write_report(output, cfgs)
+    args = parse_args(__doc__, "output/demo")
+    dataset = dataset_overrides(args.dataset, "MODEL.RETINANET.NUM_CLASSES")
+    for name, config in RUNS.items():
+        train(args.output / name, config, run_overrides(args.output, name, dataset))
+    cfgs = {name: read_run_config(args.output, name, dataset) for name in RUNS}
+    draw_pictures(args.output, cfgs)
+    report = write_report(args.output, cfgs)
     print(f"\n{report.read_text()}\nReport: {report}")
 
 

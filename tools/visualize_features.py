@@ -18,41 +18,23 @@ A checkpoint with another config than --config-file is given as NAME=CONFIG.yaml
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import convert_image_to_rgb
-from detectron2.modeling import FPN, build_backbone, build_model
-from detectron2.utils.file_io import PathManager
+from detectron2.modeling import FPN, build_backbone
 
-from crosskd import add_crosskd_config
-from labelenc import add_labelenc_config, build_label_encoder
-from labelenc.pictures import (
-    draw_encoding,
-    draw_features,
-    label_map_picture,
-    picture_mapper,
-    save_sheet,
-)
-from plaindet import read_config
-from plaindet.messages import some_of
-from plaindet.modeling import CompleteCheckpointer
+from labelenc import build_label_encoder
+from labelenc.pictures import draw_encoding, draw_features, label_map_picture, picture_mapper
+from plaindet.pictures import save_sheet
+
+from detectors import add_detector_arguments, check_file, choose_images, load_model, read_cfg
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config-file", required=True)
-    parser.add_argument(
-        "--weights",
-        required=True,
-        nargs="+",
-        type=parse_weights,
-        metavar="NAME=[CONFIG.yaml:]WEIGHTS",
-        help="checkpoints; without CONFIG they are of --config-file",
-    )
+    add_detector_arguments(parser)
     parser.add_argument(
         "--label-encoder",
         metavar="FILE",
@@ -60,51 +42,8 @@ def parse_args():
         "checkpoint that has one",
     )
     parser.add_argument("--level", nargs="+", default=["p3"])
-    parser.add_argument("--dataset", help="a registered name; default: DATASETS.TEST[0]")
-    parser.add_argument(
-        "--images",
-        nargs="+",
-        default=["4"],
-        help="image files, or a number: the first N of the data set with annotations (4)",
-    )
-    parser.add_argument("--image-ids", nargs="+", metavar="ID", help="images of the data set")
     parser.add_argument("--output", required=True, help="folder of the sheets")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     return parser.parse_args()
-
-
-def parse_weights(argument: str) -> tuple[str, str | None, str]:
-    """Splits NAME=[CONFIG.yaml:]WEIGHTS into (name, config or None, weights)."""
-    name, _, rest = argument.partition("=")
-    config, separator, weights = rest.rpartition(".yaml:")
-    if not (name and weights):
-        raise argparse.ArgumentTypeError(f"{argument!r} is not NAME=[CONFIG.yaml:]WEIGHTS")
-    return name, config + ".yaml" if separator else None, weights
-
-
-def read_cfg(config_file: str, opts: list[str]) -> CfgNode:
-    """The config, on the CPU where there is no GPU."""
-    cfg = read_config(config_file, opts, [add_labelenc_config, add_crosskd_config])
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    return cfg
-
-
-def load_model(cfg: CfgNode, weights: str) -> tuple[torch.nn.Module, dict]:
-    """The detector of a checkpoint, and what else the checkpoint has.
-
-    Raises:
-        FileNotFoundError: no such checkpoint.
-        ValueError: it is not a checkpoint of this config.
-    """
-    _check_file(weights)
-    model = build_model(cfg).eval()
-    return model, CompleteCheckpointer(model).load(weights)
-
-
-def _check_file(path: str) -> None:
-    if not os.path.isfile(PathManager.get_local_path(path)):
-        raise FileNotFoundError(f"{path} does not exist")
 
 
 def find_label_encoder(content: dict) -> dict[str, torch.Tensor] | None:
@@ -139,29 +78,6 @@ def load_label_encoder(cfg: CfgNode, content: dict, path: str) -> FPN:
     return label_encoder.eval().to(cfg.MODEL.DEVICE)
 
 
-def choose_images(args, cfg: CfgNode) -> list[dict]:
-    """The dataset dicts of the images to draw.
-
-    Raises:
-        ValueError: the data set does not have them.
-    """
-    by_number = len(args.images) == 1 and args.images[0].isdigit()
-    if not args.image_ids and not by_number:
-        return [{"file_name": file} for file in args.images]
-    dataset = args.dataset or cfg.DATASETS.TEST[0]
-    dataset_dicts = DatasetCatalog.get(dataset)
-    if args.image_ids:
-        chosen = {str(d["image_id"]): d for d in dataset_dicts}
-        unknown = [image_id for image_id in args.image_ids if image_id not in chosen]
-        if unknown:
-            raise ValueError(f"{dataset} has no image with the id {some_of(unknown)}")
-        return [chosen[image_id] for image_id in args.image_ids]
-    chosen = [d for d in dataset_dicts if d.get("annotations")][: int(args.images[0])]
-    if not chosen:
-        raise ValueError(f"{dataset} has no image with annotations")
-    return chosen
-
-
 def main():
     args = parse_args()
     cfg = read_cfg(args.config_file, args.opts)
@@ -171,7 +87,7 @@ def main():
     # Each with the mapper of its own config: the images may differ in size or in channel order.
     detectors, label_encoder, encoder_mapper = [], None, mapper
     if args.label_encoder:
-        _check_file(args.label_encoder)
+        check_file(args.label_encoder)
         content = torch.load(args.label_encoder, map_location="cpu", weights_only=True)
         label_encoder = load_label_encoder(cfg, content, args.label_encoder)
     for name, config, weights in args.weights:

@@ -20,9 +20,10 @@ from detectron2.utils.env import seed_all_rng
 
 from crosskd import add_crosskd_config
 from labelenc import LabelMap, add_labelenc_config
-from labelenc.pictures import ground_truth_picture, label_map_picture, picture_mapper, save_sheet
+from labelenc.pictures import label_map_picture, picture_mapper
 from plaindet import read_config
 from plaindet.engine.checks import thing_classes
+from plaindet.pictures import ground_truth_picture, save_sheet
 
 PANELS_IN_A_ROW = 4
 

@@ -8,15 +8,11 @@ from detectron2.modeling import build_model
 
 from labelenc import LabelMap
 from labelenc.pictures import (
-    DPI,
-    PANEL_INCHES,
     draw_encoding,
     draw_features,
     feature_picture,
-    ground_truth_picture,
     label_map_picture,
     picture_mapper,
-    save_sheet,
 )
 
 
@@ -104,47 +100,3 @@ def test_picture_mapper(make_cfg):
     assert len({tuple(inputs["image"].shape) for inputs in drawn}) > 1
     values = torch.cat([inputs["label_map"].values.flatten() for inputs in drawn])
     assert ((values > 0) & (values < 0.5)).any()
-
-
-@pytest.mark.parametrize("masks", [False, True])
-def test_ground_truth_picture(make_cfg, masks):
-    """Boxes leave the inside of an object as it is, masks do not; an empty image stays."""
-    cfg = make_cfg("quick/retinanet_R_18_labelenc_step2.yaml", "MODEL.MASK_ON", masks)
-    # The last image has a crowd alone, which is no object.
-    first, *_, empty = (picture_mapper(cfg)(d) for d in DatasetCatalog.get("tiny_val"))
-    image = np.full((64, 80, 3), 128, dtype=np.uint8)
-    picture = ground_truth_picture(image, first["instances"], ["red", "green", "blue"], masks)
-    assert picture.shape == (384, 480, 3)
-    x0, y0, x1, y1 = first["instances"].gt_boxes.tensor[0].tolist()
-    center = picture[round(3 * (y0 + y1)), round(3 * (x0 + x1))]
-    assert (center == 128).all() == (not masks)
-    assert (picture != 128).any()
-    assert (ground_truth_picture(image, empty["instances"], ["red"], masks) == 128).all()
-
-
-def test_save_sheet(tmp_path):
-    """Panels lie at their places, upright, in their colours; a row may be shorter than others."""
-    red, blue = (
-        np.full((40, 80, 3), color, dtype=np.uint8) for color in [(255, 0, 0), (0, 0, 255)]
-    )
-    red[:20] = 0
-    tall = np.full((160, 80, 3), (0, 255, 0), dtype=np.uint8)
-    rows = [[("a", red), ("a title " * 9, blue), ("c", red)], [("d", tall)]]
-    save_sheet(tmp_path / "sheet.png", rows)
-    sheet = cv2.imread(str(tmp_path / "sheet.png"))[..., ::-1]
-    panel = int(PANEL_INCHES * DPI)
-    assert sheet.shape[1] == 3 * panel
-    assert 2.5 * panel < sheet.shape[0] < 2.8 * panel
-
-    def area(color):
-        rows, columns = np.nonzero((sheet == color).all(axis=2))
-        return [
-            rows.min() / panel,
-            rows.max() / panel,
-            columns.min() / panel,
-            columns.max() / panel,
-        ]
-
-    assert area((0, 0, 255)) == pytest.approx([0.15, 0.65, 1, 2], abs=0.15)
-    assert area((255, 0, 0)) == pytest.approx([0.4, 0.65, 0, 3], abs=0.15)
-    assert area((0, 255, 0)) == pytest.approx([0.7, 2.7, 0, 1], abs=0.15)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import colorsys
 import math
-import os
-import textwrap
 
 import cv2
 import numpy as np
@@ -13,13 +10,9 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.modeling import FPN
-from detectron2.structures import Instances
 
 from .dataset_mapper import LabelMapDatasetMapper
 from .label_map import LabelMap
-
-PANEL_INCHES = 3.5  # width of a picture in a sheet
-DPI = 100
 
 
 def label_map_picture(image: np.ndarray, label_map: LabelMap) -> np.ndarray:
@@ -117,62 +110,6 @@ def _draw_levels(fpn, features, levels, image_size) -> list[np.ndarray]:
     return [
         feature_picture(features[level][0], shapes[level].stride, image_size) for level in levels
     ]
-
-
-def ground_truth_picture(
-    image: np.ndarray, instances: Instances, class_names: list[str], masks: bool = False
-) -> np.ndarray:
-    """Draws the boxes of the ground truth, or its masks, with their classes over an image, in a
-    colour for each class.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        instances: of the mapper.
-        class_names: of all classes.
-        masks: draw `gt_masks` and not `gt_boxes`.
-
-    Returns:
-        uint8 RGB; a small image is enlarged.
-    """
-    # Here, and not above: it imports matplotlib, which training does not need.
-    from detectron2.utils.visualizer import Visualizer
-
-    # The mapper gives an image without objects no masks.
-    objects = "gt_masks" if masks and instances.has("gt_masks") else "gt_boxes"
-    visualizer = Visualizer(image, scale=max(1, 480 / image.shape[1]))
-    drawn = visualizer.overlay_instances(
-        labels=[class_names[c] for c in instances.gt_classes],
-        # The golden ratio keeps the hues of any number of classes apart.
-        assigned_colors=[
-            colorsys.hsv_to_rgb(0.618 * c % 1, 1, 1) for c in instances.gt_classes.tolist()
-        ],
-        **{objects.removeprefix("gt_"): instances.get(objects)},
-    )
-    return drawn.get_image()
-
-
-def save_sheet(path: str | os.PathLike, rows: list[list[tuple[str, np.ndarray]]]) -> None:
-    """Writes a PNG with rows of pictures, each a (title, (H, W, 3) uint8 RGB)."""
-    # Here, and not above: training does not need it.
-    from matplotlib.figure import Figure
-
-    columns = max(len(row) for row in rows)
-    heights = [max(picture.shape[0] / picture.shape[1] for _, picture in row) for row in rows]
-    titles = 0.4 * len(rows)
-    figure = Figure(
-        figsize=(PANEL_INCHES * columns, PANEL_INCHES * sum(heights) + titles), layout="constrained"
-    )
-    figure.get_layout_engine().set(h_pad=0.1)
-    axes = figure.subplots(
-        len(rows), columns, squeeze=False, gridspec_kw={"height_ratios": heights}
-    )
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for axes_row, row in zip(axes, rows):
-        for axis, (title, picture) in zip(axes_row, row):
-            axis.set_title(textwrap.fill(title, 30))
-            axis.imshow(picture)
-    figure.savefig(path, dpi=DPI)
 
 
 def _heat(value: np.ndarray) -> np.ndarray:

@@ -1,0 +1,101 @@
+"""What the demos of both methods share: training runs one after another, and a table of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+
+from plaindet.data import find_coco_folder, register_coco_format
+from plaindet.engine.checks import thing_classes
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIGS = REPOSITORY / "configs" / "quick"
+NUM_PICTURES = 4
+
+
+def parse_args(description: str, output: str, add_arguments=lambda parser: None):
+    """The arguments of a demo, with the output folder of the data set as `output`."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("--dataset", help="folder in COCO format; default: the built-in shapes")
+    parser.add_argument("--output", default=output)
+    add_arguments(parser)
+    args = parser.parse_args()
+    args.output = Path(args.output) / (Path(args.dataset).resolve().name if args.dataset else "")
+    args.output.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def dataset_overrides(folder: str | None, num_classes_key: str) -> list[str]:
+    """The config overrides for a data set; none for the built-in one."""
+    if folder is None:
+        return []
+    train, val = datasets = find_coco_folder(folder)
+    register_coco_format(datasets)
+    return [
+        *("DATASETS.COCO_FORMAT", str([list(dataset) for dataset in datasets])),
+        *("DATASETS.TRAIN", str((train[0],)), "DATASETS.TEST", str((val[0],))),
+        *(num_classes_key, str(len(thing_classes(train[0])))),
+    ]
+
+
+def train(folder: Path, config: str, overrides: list[str]) -> None:
+    """Runs train_net.py into a folder, and notes the minutes it took. A run that was interrupted
+    is continued, a finished one is left as it is."""
+    minutes_file = folder / "minutes.json"
+    if minutes_file.exists():
+        print(f"{folder} is finished already", flush=True)
+        return
+    # Threads that wait for each other should not keep the data loader's workers off the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    command = [sys.executable, "-W", "ignore", str(REPOSITORY / "train_net.py"), "--resume"]
+    command += ["--config-file", str(CONFIGS / config), *overrides]
+    print(" ".join(command), flush=True)
+    start = time.time()
+    subprocess.run(command, check=True)
+    minutes_file.write_text(json.dumps((time.time() - start) / 60))
+
+
+def read_metrics(folder: Path) -> dict:
+    """The last value of every metric of a run."""
+    lines = (folder / "metrics.json").read_text().splitlines()
+    return {key: value for line in lines for key, value in json.loads(line).items()}
+
+
+def results_table(
+    output: Path, titles: dict[str, str], iterations: dict[str, int], totals: dict[str, int]
+) -> str:
+    """A table with a row for each run.
+
+    Args:
+        output: the folder with the folders of the runs.
+        titles, iterations, totals: by run: what it is, its iterations, and those with the runs
+            that it starts from.
+    """
+    lines = [
+        "| run | iterations | total iterations | AP | AP50 | AP75 | s / iteration | minutes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, title in titles.items():
+        metrics = read_metrics(output / name)
+        minutes = json.loads((output / name / "minutes.json").read_text())
+        values = [metrics[f"bbox/{key}"] for key in ("AP", "AP50", "AP75")]
+        lines.append(
+            f"| {title} | {iterations[name]} | {totals[name]} | "
+            + " | ".join(f"{value:.1f}" for value in values)
+            + f" | {metrics['time']:.2f} | {minutes:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def pictured_images(cfg: CfgNode) -> list[dict]:
+    """The dataset dicts of a few validation images with annotations."""
+    dataset_dicts = [d for d in DatasetCatalog.get(cfg.DATASETS.TEST[0]) if d["annotations"]]
+    return dataset_dicts[:: max(len(dataset_dicts) // NUM_PICTURES, 1)][:NUM_PICTURES]
