@@ -16,6 +16,7 @@ from plaindet import add_plaindet_config
 DETECTORS = ["retinanet", "fcos", "gfl", "atss"]
 detectors = pytest.mark.parametrize("detector", DETECTORS)
 KD = {"loss_kd_cls", "loss_kd_box"}
+STRIDES = [8, 16, 32, 64, 128]
 
 
 @pytest.fixture
@@ -332,6 +333,22 @@ def test_teacher_of_an_unknown_data_set(make_trainer, caplog):
     """A teacher from elsewhere: its classes are counted, but their names are not known."""
     make_trainer("retinanet", teacher=["DATASETS.TRAIN", ("elsewhere_train",)])
     assert "trained on elsewhere_train, which is not registered here" in caplog.text
+
+
+def test_rounded_centres_of_anchors_do_not_decide_what_is_padding(read_cfg):
+    """COCO's anchors that are not square have centres such as 127.99999 at x = 128."""
+    cfg = read_cfg("CrossKD/retinanet_R_18_FPN_from_R_50.yaml")
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    images = ImageList(torch.zeros(1, 3, 512, 512), [(128, 192)])
+    anchors = model.anchor_generator([torch.zeros(1, 1, 512 // s, 512 // s) for s in STRIDES])
+    labels = torch.full((1, sum(map(len, anchors))), 80)
+    valid = model.assignment(anchors, list(labels), [], images).valid
+    levels = valid.split([len(level) for level in anchors], dim=1)
+    cells = [level.view(512 // s, 512 // s, 9) for level, s in zip(levels, STRIDES)]
+    for level, stride in zip(cells, STRIDES):
+        assert level[: -(-128 // stride), : -(-192 // stride)].all()
+        assert level.sum() == 9 * -(-128 // stride) * -(-192 // stride)
 
 
 def test_options(make_cfg):

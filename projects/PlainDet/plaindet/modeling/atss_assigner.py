@@ -72,4 +72,5 @@ def centers_within(anchors: Boxes, size: tuple[int, int], divisibility: int) -> 
     """
     height, width = (-(-side // divisibility) * divisibility for side in size)
     x, y = anchors.get_centers().unbind(dim=1)
-    return (x < width) & (y < height)
+    # Not exactly the size, since the centres of anchors that are not square are rounded.
+    return (x < width - 0.5) & (y < height - 0.5)
