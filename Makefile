@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed-$(firstword $(shell echo "$(DETECTRON2)" | cksum))
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format demo demo-crosskd bench
+.PHONY: help install test golden lint format demo demo-crosskd bench
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -25,6 +25,9 @@ install: $(STAMP)  ## set up .venv with Detectron2 and this project
 
 test: $(STAMP)  ## run the tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+
+golden: $(STAMP)  ## whole iterations against official numbers (GOLDEN=<folder>)
+	GOLDEN="$(GOLDEN)" $(PYTHON) -m pytest -m golden
 
 lint: $(STAMP)  ## check style and formatting
 	$(PYTHON) -m ruff check .

@@ -9,7 +9,7 @@ from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import fcos as detectron2_fcos
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from torchvision.ops import generalized_box_iou_loss
 
@@ -149,6 +149,82 @@ def test_range_includes_its_limits_and_the_smaller_box_wins(make_fcos):
     # On P4, x = 24 has 60 px and y = 72 has 68 px.
     assert p4.view(16, 16)[4, 1] == 1
     assert p4.view(16, 16)[1, 1] == 5
+
+
+KINDS = ("cls", "reg", "ctr")
+
+
+@pytest.fixture
+def mmdet(make_fcos):
+    """mmdet's FCOS, the first version, with the numbers of its head and their predictions."""
+    numbers = np.load(DATA / "fcos_head.npz")
+    model = make_fcos(
+        *("MODEL.FCOS.IOU_SMOOTHING", 0.0, "MODEL.FCOS.NMS_THRESH_TEST", 0.5),
+        *("MODEL.FCOS.NUM_CLASSES", 8),
+        config="quick/fcos_R_18_baseline.yaml",
+    )
+    predictions = [torch.from_numpy(numbers[kind]).requires_grad_() for kind in KINDS]
+    return model, numbers, predictions
+
+
+def split_levels(numbers, predictions):
+    """The feature maps' stand-ins, and each (N, R, K) prediction as the head gives it."""
+    sizes = numbers["feat_sizes"].tolist()
+    counts = [height * width for height, width in sizes]
+    outputs = [
+        [x.transpose(1, 2).unflatten(2, size) for x, size in zip(p.split(counts, dim=1), sizes)]
+        for p in predictions
+    ]
+    return [torch.zeros(2, 1, *size) for size in sizes], outputs, counts
+
+
+@pytest.mark.parametrize("case", ["both", "second_empty", "both_empty"])
+def test_trains_as_mmdet(mmdet, case):
+    """Targets, losses and gradients."""
+    model, numbers, predictions = mmdet
+    features, outputs, counts = split_levels(numbers, predictions)
+    instances = [
+        Instances(
+            tuple(numbers["image_sizes"][i].tolist()),
+            gt_boxes=Boxes(torch.from_numpy(numbers[f"{case}/gt{i}_boxes"])),
+            gt_classes=torch.from_numpy(numbers[f"{case}/gt{i}_labels"]),
+        )
+        for i in (0, 1)
+    ]
+    labels, _ = model.label_anchors(model.anchor_generator(features), instances)
+    np.testing.assert_array_equal(torch.stack(labels), numbers[f"{case}/labels"])
+    with EventStorage():
+        losses = model.forward_training(None, features, outputs, instances)
+    for name, loss in losses.items():
+        assert loss.item() == pytest.approx(float(numbers[f"{case}/{name}"]), rel=1e-5), name
+    sum(losses.values()).backward()
+    for kind, prediction in zip(KINDS, predictions):
+        norms = [level.norm().item() for level in prediction.grad.split(counts, dim=1)]
+        expected = numbers[f"{case}/gradient_norms_{kind}"]
+        np.testing.assert_allclose(norms, expected, rtol=1e-4, atol=1e-9, err_msg=kind)
+
+
+def test_detects_as_mmdet(mmdet, monkeypatch):
+    """Up to the two things that differ: mmdet's score is without the square root, which changes no
+    order, and it clips boxes to the image before NMS, as the model is made to do here."""
+    model, numbers, predictions = mmdet
+    features, outputs, _ = split_levels(numbers, predictions)
+    images = ImageList(torch.zeros(2, 3, 160, 224), numbers["image_sizes"].tolist())
+    decode = model._decode_multi_level_predictions
+
+    def decode_and_clip(*args):
+        candidates = decode(*args)
+        candidates.pred_boxes.clip(candidates.image_size)
+        return candidates[candidates.pred_boxes.nonempty()]
+
+    monkeypatch.setattr(model, "_decode_multi_level_predictions", decode_and_clip)
+    with torch.no_grad():
+        results = model.eval().forward_inference(images, features, outputs)
+    for i, result in enumerate(results):
+        expected = {key: numbers[f"predicted{i}_{key}"] for key in ("boxes", "scores", "labels")}
+        np.testing.assert_array_equal(result.pred_classes, expected["labels"])
+        np.testing.assert_allclose(result.scores**2, expected["scores"], rtol=1e-5)
+        np.testing.assert_allclose(result.pred_boxes.tensor, expected["boxes"], atol=1e-3)
 
 
 @pytest.mark.parametrize("loss_type", ["iou", "giou"])
