@@ -34,9 +34,40 @@ LOSSES = {
 }
 
 
+# Variants: what they change of the config of this name without their ending.
+FEATURE_WEIGHT = {"gfl": 6.0, "retinanet": 2.0, "atss": 1.0, "fcos": 2.0}
+VARIANTS = {
+    f"{name}_pkd": {"FEATURE_WEIGHT": FEATURE_WEIGHT[name.partition("_")[0]]} for name in SCHEDULE
+}
+TABLES = {  # 1 and 4 of the supplement
+    "bce": {"CLS_LOSS": "bce"},
+    "bce_positive": {"CLS_LOSS": "bce", "CLS_REGION": "positive"},
+    "bce_negative": {"CLS_LOSS": "bce", "CLS_REGION": "negative"},
+    "strategy_b": {"STRATEGY": "b"},
+    "strategy_c": {"STRATEGY": "c"},
+    "strategy_d": {"STRATEGY": "d"},
+    "mimicking": {"STRATEGY": "mimicking"},
+}
+VARIANTS.update({f"gfl_R_18_FPN_from_R_50_{ending}": keys for ending, keys in TABLES.items()})
+
+
 def test_every_config_is_in_the_table():
     found = {path.stem for path in FOLDER.glob("*.yaml")}
-    assert {name for name in found if not name[0].isupper()} == SCHEDULE.keys()
+    assert {name for name in found if not name[0].isupper()} == {*SCHEDULE, *VARIANTS}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants(read_cfg, name):
+    original = next(x for x in SCHEDULE if name.startswith(x + "_"))
+    cfg, expected = read_cfg(f"CrossKD/{name}.yaml"), read_cfg(f"CrossKD/{original}.yaml")
+    assert cfg.OUTPUT_DIR == f"{expected.OUTPUT_DIR}{name[len(original) :]}"
+    expected.OUTPUT_DIR = cfg.OUTPUT_DIR
+    for key, value in VARIANTS[name].items():
+        assert expected.MODEL.CROSSKD[key] != value
+        expected.MODEL.CROSSKD[key] = value
+    assert cfg == expected
+    cfg.MODEL.DEVICE = "cpu"
+    build_model(cfg)
 
 
 @pytest.mark.parametrize("name", SCHEDULE)
