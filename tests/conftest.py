@@ -42,7 +42,7 @@ def make_cfg(tmp_path, read_cfg, tiny_data):
         cfg.DATASETS.TRAIN = ("tiny_train",)
         cfg.DATASETS.TEST = ("tiny_val",)
         cfg.DATALOADER.NUM_WORKERS = 0
-        cfg.INPUT.MIN_SIZE_TRAIN = (64,)
+        cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = (64,), "choice"
         cfg.INPUT.MIN_SIZE_TEST = 64
         cfg.SOLVER.IMS_PER_BATCH = 2
         cfg.VIS_PERIOD = 0

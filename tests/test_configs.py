@@ -17,6 +17,7 @@ FOLDER = Path(train_net.__file__).parent / "configs"
 
 R50 = "ImageNetPretrained/MSRA/R-50.pkl"
 R101 = "ImageNetPretrained/MSRA/R-101.pkl"
+SWIN = "swin_tiny_patch4_window7_224.pth?matching_heuristics=True"
 MOBILENET = "mobilenet_v2-7ebf99e0.pth?matching_heuristics=True"
 # Learning rates.
 DENSE, TWO_STAGE = 0.01, 0.02
@@ -26,13 +27,18 @@ PLAIN = {
     "retinanet_R_101_FPN_1x": (DENSE, R101),
     "retinanet_R_101_DCN_FPN_1x": (DENSE, R101),
     "retinanet_MobileNetV2_FPN_1x": (DENSE, MOBILENET),
+    "retinanet_Swin_T_FPN_1x": (DENSE, SWIN),
     "fcos_R_50_FPN_1x": (DENSE, R50),
     "fcos_imprv_R_50_FPN_1x": (DENSE, R50),
     "fcos_imprv_R_50_DCN_FPN_1x": (DENSE, R50),
     "fcos_imprv_R_101_FPN_1x": (DENSE, R101),
     "fcos_imprv_R_101_DCN_FPN_1x": (DENSE, R101),
     "gfl_R_50_FPN_1x": (DENSE, R50),
+    "gfl_R_50_FPN_2x_ms": (DENSE, R50),
+    "gfl_R_101_FPN_2x_ms": (DENSE, R101),
     "atss_R_50_FPN_1x": (DENSE, R50),
+    "atss_R_50_FPN_2x_ms": (DENSE, R50),
+    "atss_R_101_FPN_1x": (DENSE, R101),
     "faster_rcnn_R_50_FPN_1x": (TWO_STAGE, R50),
     "faster_rcnn_R_101_FPN_1x": (TWO_STAGE, R101),
     "faster_rcnn_R_101_DCN_FPN_1x": (TWO_STAGE, R101),
@@ -73,7 +79,7 @@ VANILLA_KD = {
     "retinanet_R_50_FPN_vanilla_kd_from_R_101": "retinanet_R_101_FPN_1x",
 }
 # These have mmdet's solver, the others that of the LabelEnc paper.
-MMDET = {"gfl_R_50_FPN_1x", "atss_R_50_FPN_1x"}
+MMDET = {name for name in PLAIN if name.startswith(("gfl", "atss"))}
 LABELENC = {**STEP1, **STEP2, **VANILLA_KD}
 COCO = [f"PlainDet/{name}.yaml" for name in PLAIN] + [f"LabelEnc/{name}.yaml" for name in LABELENC]
 
@@ -100,19 +106,23 @@ def test_settings_of_the_paper(read_cfg, config):
     assert biases == ((1, 1e-4) if is_mmdet else (2, 0))
     assert solver.WEIGHT_DECAY_NORM == (1e-4 if "fcos" in name or is_mmdet else 0)
     assert (solver.MOMENTUM, solver.WEIGHT_DECAY) == (0.9, 1e-4)
-    assert cfg.INPUT.MIN_SIZE_TRAIN == (800,)
+    multi_scale = name.endswith("_2x_ms")
+    assert cfg.INPUT.MIN_SIZE_TRAIN == ((480, 800) if multi_scale else (800,))
+    assert not multi_scale or cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range"
     assert cfg.INPUT.MIN_SIZE_TEST == 800
     assert cfg.INPUT.MAX_SIZE_TRAIN == cfg.INPUT.MAX_SIZE_TEST == 1333
     test = () if "reconstruction_only" in name else ("coco_2017_val",)
     assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("coco_2017_train",), test)
     assert cfg.MODEL.WEIGHTS.endswith(weights)
-    assert cfg.INPUT.FORMAT == ("RGB" if weights == MOBILENET else "BGR")
+    assert cfg.INPUT.FORMAT == ("RGB" if weights in (MOBILENET, SWIN) else "BGR")
     assert cfg.MODEL.MASK_ON == ("mask_rcnn" in name)
 
     if name in STEP1:
         assert (labelenc.STEP, labelenc.WARMUP_ITERS) == (1, 30000)
         assert (solver.STEPS, solver.MAX_ITER) == ((90000, 110000), 120000)
         assert (labelenc.LAMBDA1, labelenc.LAMBDA2) == STEP1[name]
+    elif multi_scale:
+        assert (solver.STEPS, solver.MAX_ITER) == ((120000, 160000), 180000)
     else:
         assert (solver.STEPS, solver.MAX_ITER) == ((60000, 80000), 90000)
     if name in STEP2 or name in VANILLA_KD:
@@ -143,7 +153,8 @@ def deformable_layers(model):
 @pytest.mark.parametrize("config", COCO)
 def test_one_iteration_of_each_phase(make_cfg, config):
     """At a small size and without pretrained weights."""
-    cfg, name = make_cfg(config), Path(config).stem
+    # Detectron2's Swin Transformer drops paths only where timm is installed.
+    cfg, name = make_cfg(config, "MODEL.SWIN.DROP_PATH_RATE", "0.0"), Path(config).stem
     trainer_class = train_net.trainer_class(cfg)
     assert trainer_class is (LabelEncTrainer if name in LABELENC else PlainTrainer)
     mapper = trainer_class.build_train_mapper(cfg)

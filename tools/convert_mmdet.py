@@ -3,8 +3,9 @@
 
     python tools/convert_mmdet.py gfl_r101_fpn_mstrain_2x_coco.pth output/teacher.pth
 
-The backbone has to be a ResNet-18, 34, 50 or 101. Beside the output it writes the config with which
-the weights compute what they do in mmdet. It can be evaluated, or be a teacher of CrossKD::
+The backbone has to be a ResNet-18, 34, 50 or 101, or a Swin Transformer. Beside the output it
+writes the config with which the weights compute what they do in mmdet; 80 classes are taken to be
+COCO's, for others the config names no data set. It can be evaluated, or be a teacher of CrossKD::
 
     python train_net.py --eval-only --config-file output/teacher.yaml
 """
@@ -69,6 +70,8 @@ def convert(source: str, output: str) -> None:
         **keys,
         "MODEL": {"WEIGHTS": output, **keys["MODEL"]},
     }
+    if network.num_classes != 80:  # not those of the base config
+        config["DATASETS"] = {"TRAIN": [], "TEST": []}
     config_text = yaml.safe_dump(config, sort_keys=False, default_flow_style=None)
 
     config_file.parent.mkdir(parents=True, exist_ok=True)
@@ -77,8 +80,8 @@ def convert(source: str, output: str) -> None:
     config_file.write_text(config_text)
 
     print(
-        f"{source} is of {network.detector} with ResNet-{network.depth} and {network.num_classes} "
-        "classes."
+        f"{source} is of {network.detector} with {network.backbone.name} and "
+        f"{network.num_classes} classes."
     )
     print(f"Wrote {output}")
     print(f"Wrote {config_file}, its config:")

@@ -22,6 +22,7 @@ SCHEDULE = {
     "gfl_R_34_FPN_from_R_101": (ONE, "gfl_R_101"),
     "retinanet_R_50_FPN_from_R_101": (TWO, "retinanet_R_101"),
     "retinanet_R_18_FPN_from_R_50": (ONE, "retinanet_R_50"),
+    "retinanet_R_50_FPN_from_Swin_T": (ONE, "retinanet_Swin_T"),
     "atss_R_50_FPN_from_R_101": (ONE, "atss_R_101"),
     "fcos_R_50_FPN_from_R_101": (TWO, "fcos_R_101"),
 }

@@ -174,6 +174,7 @@ def test_round_trip(run_tool, build, tmp_path, capsys, detector, depth, p6_sourc
     cfg = read_config(str(output.with_suffix(".yaml")), ["MODEL.DEVICE", "cpu"])
     assert cfg.MODEL.WEIGHTS == str(output)
     assert cfg.MODEL.FPN.TOP_BLOCK_IN_FEATURE == p6_source
+    assert cfg.DATASETS.TRAIN == cfg.DATASETS.TEST == ()  # not COCO's classes
     model = build_model(cfg)
     assert type(model) is type(original)
     CompleteCheckpointer(model).load(cfg.MODEL.WEIGHTS)
@@ -185,6 +186,75 @@ def test_round_trip(run_tool, build, tmp_path, capsys, detector, depth, p6_sourc
     content = torch.load(output, weights_only=True)
     assert content["matching_heuristics"] is False
     assert content["model"].keys() == expected.keys()
+
+
+@pytest.fixture
+def swin(read_cfg):
+    """A RetinaNet on a small Swin Transformer with random weights."""
+    cfg = read_cfg("PlainDet/retinanet_Swin_T_FPN_1x.yaml")
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.SWIN.update(EMBED_DIM=24, DEPTHS=[1, 2, 1, 1], NUM_HEADS=[1, 2, 3, 6])
+    cfg.MODEL.SWIN.update(WINDOW_SIZE=5, DROP_PATH_RATE=0.0)
+    cfg.MODEL.FPN.OUT_CHANNELS = 32
+    cfg.MODEL.RETINANET.update(NUM_CLASSES=80, NUM_CONVS=1)
+    model = build_model(cfg)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+def mmdet_swin_name(key):
+    for pattern, replacement in (
+        (r"^backbone\.bottom_up\.(?=patch|layers|norm)", "backbone."),
+        ("patch_embed.proj", "patch_embed.projection"),
+        (r"\.layers\.(\d)\.(?=blocks|down)", r".stages.\1."),
+        (r"\.attn\.", ".attn.w_msa."),
+        ("mlp.fc1", "ffn.layers.0.0"),
+        ("mlp.fc2", "ffn.layers.1"),
+    ):
+        key = re.sub(pattern, replacement, key)
+    return mmdet_name(key, "RetinaNet")
+
+
+def test_swin_transformer(run_tool, swin, tmp_path, capsys):
+    weights = {}
+    for key, value in swin.state_dict().items():
+        by_anchor = (
+            value.unflatten(0, (9, -1)) if "cls_score" in key or "bbox_pred" in key else None
+        )
+        name = mmdet_swin_name(key)
+        weights[name] = value if by_anchor is None else by_anchor[anchor_order(swin)].flatten(0, 1)
+    for name in weights:
+        if "downsample" in name:
+            weights[name] = torch.randn_like(weights[name])
+    source, output = tmp_path / "mmdet.pth", tmp_path / "teacher.pth"
+    torch.save({"state_dict": weights}, source)
+    run_tool([str(source), str(output)])
+    assert "of RetinaNet with Swin Transformer of 24 channels" in capsys.readouterr().out
+
+    cfg = read_config(str(output.with_suffix(".yaml")), ["MODEL.DEVICE", "cpu"])
+    assert (cfg.MODEL.FPN.TOP_BLOCK_IN_FEATURE, cfg.INPUT.FORMAT) == ("p3", "RGB")
+    model = build_model(cfg)
+    CompleteCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    for key, value in swin.state_dict().items():
+        assert "downsample" in key or torch.equal(model.state_dict()[key], value), key
+
+    # mmdet merges patches by unfolding: the four positions of a channel lie together.
+    for stage, layer in enumerate(model.backbone.bottom_up.layers[:-1]):
+        x = torch.randn(1, 24 * 2**stage, 6, 4)
+        names = ("norm.weight", "norm.bias", "reduction.weight")
+        norm, bias, reduction = (weights[f"backbone.stages.{stage}.downsample.{n}"] for n in names)
+        patches = F.unfold(x, kernel_size=2, stride=2).transpose(1, 2)
+        expected = F.linear(F.layer_norm(patches, norm.shape, norm, bias), reduction)
+        merged = layer.downsample(x.flatten(2).transpose(1, 2), 6, 4)
+        torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_swin_transformer_whose_first_stage_is_read(swin):
+    weights = {mmdet_swin_name(key): value for key, value in swin.state_dict().items()}
+    weights["backbone.norm0.weight"] = torch.ones(24)
+    with pytest.raises(ValueError, match="file.pth: found backbone.norm0.weight"):
+        find_network(weights, "file.pth")
 
 
 def test_retinanet_predicts_for_the_same_anchors(build):
@@ -250,7 +320,7 @@ def test_config(run_tool, build, tmp_path, detector, keys):
 def test_depth_and_channels(build, depth):
     weights = mmdet_weights(build("GFL", depth, "res5"))
     network = find_network(weights, "file.pth")
-    assert (network.depth, network.p6_source) == (depth, "res5")
+    assert (network.backbone.depth, network.p6_source) == (depth, "res5")
     config = mmdet_config(network)["MODEL"]["RESNETS"]
     expected = NARROW if depth >= 50 else {"STEM_OUT_CHANNELS": 64, "RES2_OUT_CHANNELS": 64}
     assert {key: config[key] for key in expected} == expected
@@ -302,10 +372,9 @@ def edit_depth(weights):
         del weights[key]
 
 
-def edit_swin(weights):
+def edit_backbone(weights):
     for key in [key for key in weights if key.startswith("backbone.")]:
-        del weights[key]
-    weights["backbone.patch_embed.projection.weight"] = torch.zeros(8, 3, 4, 4)
+        weights[key.replace("conv1", "conv_stem")] = weights.pop(key)
 
 
 def edit_p6(weights):
@@ -323,10 +392,10 @@ def edit_p6(weights):
         (edit_unknown, r"missing keys \[\], unknown keys \[bbox_head.extra.weight\]"),
         (edit_shape, r"bbox_head.retina_reg.bias is \(7,\) instead of \(36,\)"),
         (edit_type, r"bbox_head.retina_reg.bias is int instead of \(36,\)"),
-        (edit_missing_size, r"neck.lateral_convs.0.conv.weight of RetinaNet: found no such key"),
+        (edit_missing_size, r"neck.lateral_convs.0.conv.weight: found no such key"),
         (edit_detector, r"found the keys .*expected .*RetinaNet, GFL.*bbox_head.retina_cls.weight"),
         (edit_depth, r"stages of \(3, 4, 5, 3\) bottleneck blocks; expected a ResNet of 18, 34"),
-        (edit_swin, r"has the keys backbone.patch_embed.*expected those of a ResNet.*Swin"),
+        (edit_backbone, r"has the keys backbone\.\w.*expected those of a ResNet.*Swin"),
         (edit_p6, r"fpn_convs.3.conv.weight reads 5 channels; expected .*32, or .*256"),
     ],
 )

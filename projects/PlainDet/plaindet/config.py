@@ -84,6 +84,20 @@ def add_plaindet_config(cfg: CfgNode) -> None:
     # Normalisation, see detectron2.layers.get_norm.
     cfg.MODEL.MOBILENET.NORM = "FrozenBN"
 
+    # Swin Transformer (build_swin_backbone). The defaults are Swin-T's.
+    cfg.MODEL.SWIN = CfgNode()
+    # Channels of the first stage; each following stage has twice as many.
+    cfg.MODEL.SWIN.EMBED_DIM = 96
+    # Blocks of each stage, and attention heads of each of its blocks.
+    cfg.MODEL.SWIN.DEPTHS = [2, 2, 6, 2]
+    cfg.MODEL.SWIN.NUM_HEADS = [3, 6, 12, 24]
+    # The side of an attention window, in patches.
+    cfg.MODEL.SWIN.WINDOW_SIZE = 7
+    # Stochastic depth: the rate of the last block. For more than 0 Detectron2 needs timm.
+    cfg.MODEL.SWIN.DROP_PATH_RATE = 0.2
+    # "p0" to "p3" are the stages, of the strides 4 to 32.
+    cfg.MODEL.SWIN.OUT_FEATURES = ["p1", "p2", "p3"]
+
     # FCOS. The defaults are the original's with its later improvements.
     cfg.MODEL.FCOS = CfgNode()
     cfg.MODEL.FCOS.NUM_CLASSES = 80

@@ -1,7 +1,7 @@
 """mmdet's checkpoints of RetinaNet, GFL, ATSS and FCOS as weights of the detectors here.
 
 It has mmdet's names and channel orders next to Detectron2's, the config with which the detectors
-here compute what mmdet's do, and what stays different. The backbone is a ResNet.
+here compute what mmdet's do, and what stays different. Backbones are in mmdet_backbones.py.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from detectron2.utils.file_io import PathManager
 
-from .key_layout import Layout, anchors_by_size, layer_keys, rename_keys, shape_of
+from .key_layout import Layout, anchors_by_size, layer_keys, rename_keys
 from .messages import some_of
+from .mmdet_backbones import ResNet, Swin, count, find_backbone, size
 
 # The detectors, as META_ARCHITECTURE.
 RETINANET, GFL, ATSS, FCOS = "RetinaNet", "GFL", "ATSS", "FCOS"
@@ -33,38 +34,19 @@ OLD_FCOS = re.compile(r"^bbox_head\.fcos_(?=(cls|reg|centerness)\.)")
 NUM_LEVELS = 5
 NUM_RATIOS = NUM_OCTAVE_SCALES = 3
 
-# Whether the blocks are bottlenecks, and the number of blocks of each stage.
-DEPTHS = {
-    (False, (2, 2, 2, 2)): 18,
-    (False, (3, 4, 6, 3)): 34,
-    (True, (3, 4, 6, 3)): 50,
-    (True, (3, 4, 23, 3)): 101,
-}
-
 
 class Network(NamedTuple):
     """What the keys and shapes of a checkpoint say."""
 
     detector: str
-    bottlenecks: bool  # or basic blocks
-    blocks: tuple[int, ...]  # of each stage
-    stem_channels: int
-    width: int  # channels of the first convolution of the first stage
+    backbone: ResNet | Swin
     fpn_channels: int
-    p6_source: str  # "res5" or "p5"
+    p6_source: str  # the last output of the backbone, or "p5"
     num_convs: int  # of each subnet of the head
     norm: bool  # group norm in the subnets
     subnet_bias: bool  # of the convolutions of the subnets
     num_classes: int
     box_channels: int  # of an anchor
-
-    @property
-    def depth(self) -> int:
-        return DEPTHS[self.bottlenecks, self.blocks]
-
-    def stage_channels(self, stage: int) -> int:
-        """Output channels of the stages 0 to 3."""
-        return self.width * 2**stage * (4 if self.bottlenecks else 1)
 
 
 def load_mmdet_weights(path: str) -> dict[str, torch.Tensor]:
@@ -122,61 +104,35 @@ def find_network(weights: dict[str, torch.Tensor], path: str) -> Network:
             f"{', '.join(f'bbox_head.{layers[0]}.weight' for layers in PREDICTORS.values())}"
         )
     detector = found[0]
-    if "backbone.conv1.weight" not in weights:
-        backbone = [key for key in weights if key.startswith("backbone.")]
-        raise ValueError(
-            f"{path}: the backbone of this {detector} has the keys {some_of(backbone)}; expected "
-            "those of a ResNet (backbone.conv1.weight). Other backbones, as Swin Transformers, "
-            "cannot be converted"
-        )
-
-    def size(key: str, dim: int = 0) -> int:
-        value = weights.get(key)
-        if not isinstance(value, torch.Tensor) or value.dim() <= dim:
-            found = "no such key" if value is None else shape_of(value)
-            raise ValueError(f"{path}: {key} of {detector}: found {found}, expected a weight")
-        return value.shape[dim]
-
-    def count(pattern: str) -> int:
-        return len({match[0] for match in map(re.compile(pattern).match, weights) if match})
-
     num_anchors = NUM_RATIOS * NUM_OCTAVE_SCALES if detector == RETINANET else 1
     classes, boxes = (f"bbox_head.{layer}.weight" for layer in PREDICTORS[detector][:2])
     norm = "bbox_head.cls_convs.0.gn.weight" in weights
     network = Network(
         detector=detector,
-        bottlenecks="backbone.layer1.0.conv3.weight" in weights,
-        blocks=tuple(count(rf"backbone\.layer{stage}\.\d+\.") for stage in range(1, 5)),
-        stem_channels=size("backbone.conv1.weight"),
-        width=size("backbone.layer1.0.conv1.weight"),
-        fpn_channels=size("neck.lateral_convs.0.conv.weight"),
+        backbone=find_backbone(weights, path),
+        fpn_channels=size(weights, "neck.lateral_convs.0.conv.weight", path),
         p6_source="p5",
-        num_convs=count(r"bbox_head\.cls_convs\.\d+\."),
+        num_convs=count(weights, r"bbox_head\.cls_convs\.\d+\."),
         norm=norm,
         subnet_bias="bbox_head.cls_convs.0.conv.bias" in weights or not norm,
-        num_classes=size(classes) // num_anchors,
-        box_channels=size(boxes) // 4 * 4 if detector == GFL else 4,
+        num_classes=size(weights, classes, path) // num_anchors,
+        box_channels=size(weights, boxes, path) // 4 * 4 if detector == GFL else 4,
     )
-    if (network.bottlenecks, network.blocks) not in DEPTHS:
-        kind = "bottleneck" if network.bottlenecks else "basic"
-        raise ValueError(
-            f"{path}: the backbone has stages of {network.blocks} {kind} blocks; expected a ResNet "
-            f"of {', '.join(map(str, DEPTHS.values()))} layers"
-        )
     if detector == FCOS and norm and network.subnet_bias:
         raise ValueError(
             f"{path}: found bbox_head.cls_convs.0.conv.bias beside a group norm. mmdet's FCOS has "
             "this with normalised distances and centerness on the box subnet; expected the FCOS "
             "without these, as in mmdet's fcos_*_caffe_fpn_gn-head_*"
         )
-    p6_channels = size("neck.fpn_convs.3.conv.weight", dim=1)
+    p6_channels = size(weights, "neck.fpn_convs.3.conv.weight", path, dim=1)
+    last_channels = network.backbone.stage_channels(3)
     if p6_channels == network.fpn_channels:
         return network
-    if p6_channels == network.stage_channels(3):
-        return network._replace(p6_source="res5")
+    if p6_channels == last_channels:
+        return network._replace(p6_source=network.backbone.last_output)
     raise ValueError(
         f"{path}: neck.fpn_convs.3.conv.weight reads {p6_channels} channels; expected those of the "
-        f"FPN, {network.fpn_channels}, or of the last stage, {network.stage_channels(3)}"
+        f"FPN, {network.fpn_channels}, or of the last stage, {last_channels}"
     )
 
 
@@ -201,8 +157,9 @@ def convert_mmdet_weights(
         for key, value in _new_names(weights).items()
         if not key.endswith(".num_batches_tracked") and key != "bbox_head.integral.project"
     }
-    layout = {**_backbone_layout(network), **_fpn_layout(network), **_head_layout(network)}
-    model = rename_keys(weights, layout, f"{path}, {network.detector} with ResNet-{network.depth}")
+    layout = {**network.backbone.layout(), **_fpn_layout(network), **_head_layout(network)}
+    model = rename_keys(weights, layout, f"{path}, {network.detector} with {network.backbone.name}")
+    network.backbone.reorder(model)
     if network.detector == RETINANET:
         for layer in ("head.cls_score", "head.bbox_pred"):
             for key in (f"{layer}.weight", f"{layer}.bias"):
@@ -245,13 +202,7 @@ def mmdet_config(network: Network) -> dict:
         "PIXEL_MEAN": [102.9801, 115.9465, 122.7717] if caffe else [123.675, 116.28, 103.53],
         "PIXEL_STD": [1.0, 1.0, 1.0] if caffe else [58.395, 57.12, 57.375],
         "BACKBONE": {"NAME": "build_fpn_backbone"},
-        "RESNETS": {
-            "DEPTH": network.depth,
-            "STRIDE_IN_1X1": caffe,
-            "STEM_OUT_CHANNELS": network.stem_channels,
-            "RES2_OUT_CHANNELS": network.stage_channels(0),
-            "WIDTH_PER_GROUP": network.width,
-        },
+        "RESNETS": {"STRIDE_IN_1X1": caffe},
         "FPN": {
             "OUT_CHANNELS": network.fpn_channels,
             # Only mmdet's FCOS has a ReLU before P7.
@@ -260,6 +211,8 @@ def mmdet_config(network: Network) -> dict:
         },
         detector.upper(): head,
     }
+    for node, keys in network.backbone.config().items():
+        model[node] = {**model.get(node, {}), **keys}
     return {"INPUT": {"FORMAT": "BGR" if caffe else "RGB"}, "MODEL": model}
 
 
@@ -267,47 +220,16 @@ def _new_names(weights: dict) -> dict:
     return {OLD_FCOS.sub("bbox_head.conv_", key): value for key, value in weights.items()}
 
 
-def _conv_with_norm(conv: str, norm: str, ours: str, *shape: int) -> Layout:
-    layout = layer_keys(conv, ours, *shape, bias=False)
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        layout[f"{norm}.{name}"] = (f"{ours}.norm.{name}", shape[:1])
-    return layout
-
-
-def _backbone_layout(network: Network) -> Layout:
-    bottom_up, in_channels = "backbone.bottom_up", network.stem_channels
-    names = "backbone.conv1", "backbone.bn1", f"{bottom_up}.stem.conv1"
-    layout = _conv_with_norm(*names, in_channels, 3, 7, 7)
-    for stage, num_blocks in enumerate(network.blocks):
-        width, out_channels = network.width * 2**stage, network.stage_channels(stage)
-        for block in range(num_blocks):
-            theirs = f"backbone.layer{stage + 1}.{block}"
-            ours = f"{bottom_up}.res{stage + 2}.{block}"
-            if network.bottlenecks:
-                convs = [(width, in_channels, 1, 1), (width, width, 3, 3)]
-                convs.append((out_channels, width, 1, 1))
-            else:
-                convs = [(width, in_channels, 3, 3), (width, width, 3, 3)]
-            for i, shape in enumerate(convs, start=1):
-                names = f"{theirs}.conv{i}", f"{theirs}.bn{i}", f"{ours}.conv{i}"
-                layout.update(_conv_with_norm(*names, *shape))
-            if in_channels != out_channels:
-                names = f"{theirs}.downsample.0", f"{theirs}.downsample.1", f"{ours}.shortcut"
-                layout.update(_conv_with_norm(*names, out_channels, in_channels, 1, 1))
-            in_channels = out_channels
-    return layout
-
-
 def _fpn_layout(network: Network) -> Layout:
     layout, channels = {}, network.fpn_channels
     for i, stage in enumerate((1, 2, 3)):
         lateral, output = f"neck.lateral_convs.{i}.conv", f"neck.fpn_convs.{i}.conv"
-        shape = channels, network.stage_channels(stage), 1, 1
+        shape = channels, network.backbone.stage_channels(stage), 1, 1
         layout.update(layer_keys(lateral, f"backbone.fpn_lateral{stage + 2}", *shape))
         layout.update(
             layer_keys(output, f"backbone.fpn_output{stage + 2}", channels, channels, 3, 3)
         )
-    p6_channels = network.stage_channels(3) if network.p6_source == "res5" else channels
+    p6_channels = channels if network.p6_source == "p5" else network.backbone.stage_channels(3)
     names = "neck.fpn_convs.3.conv", "backbone.top_block.p6"
     layout.update(layer_keys(*names, channels, p6_channels, 3, 3))
     names = "neck.fpn_convs.4.conv", "backbone.top_block.p7"
@@ -347,7 +269,7 @@ _CLIPPING = (
 )
 _SMALL_BOXES = "Detectron2 limits how much larger than its anchor a box gets, mmdet also how small."
 _TRAINED_NORM = (
-    "Training: mmdet trains scale and shift of the backbone's batch norms in res3 to res5; "
+    "Training: mmdet trains scale and shift of a ResNet's batch norms in res3 to res5, which "
     "Detectron2's FrozenBN does not."
 )
 # What config keys cannot make equal.

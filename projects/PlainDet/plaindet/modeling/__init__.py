@@ -11,5 +11,6 @@ from .fpn import LastLevelP6P7WithoutReLU, build_fpn_backbone
 from .gfl import GFL, GFLHead
 from .mobilenet import MobileNetV2, build_mobilenet_backbone
 from .normalizer import mean_over_processes
+from .swin import build_swin_backbone
 from .teacher import CompleteCheckpointer, Teacher, build_teacher
 from .training_only import TrainingOnlyModules, is_training_only
