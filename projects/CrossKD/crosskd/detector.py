@@ -10,12 +10,7 @@ from detectron2.structures import Boxes, ImageList
 from torch import nn
 from torch.nn import functional as F
 
-from plaindet.modeling import (
-    AnchorCenterDetector,
-    Teacher,
-    TrainingOnlyModules,
-    mean_over_processes,
-)
+from plaindet.modeling import Teacher, TrainingOnlyModules, mean_over_processes
 from plaindet.modeling.atss_assigner import centers_within
 
 from .alignment import align_features
@@ -293,7 +288,7 @@ class CrossKDDetector(TrainingOnlyModules):
 
 def prediction_dims(detector: nn.Module) -> list[int]:
     """The numbers for each anchor in each of the head's predictions."""
-    if isinstance(detector, AnchorCenterDetector):
+    if hasattr(detector, "prediction_dims"):  # not in Detectron2's own
         return detector.prediction_dims
     return [detector.num_classes, 4] + [1] * hasattr(detector.head, "ctrness")
 
