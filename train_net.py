@@ -11,7 +11,7 @@ from detectron2.evaluation import verify_results
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils import comm
 
-from crosskd import CrossKDDetector, CrossKDTrainer, add_crosskd_config
+from crosskd import CrossKDDistiller, CrossKDTrainer, add_crosskd_config
 from labelenc import LabelEncDetector, LabelEncTrainer, add_labelenc_config
 from plaindet import read_config
 from plaindet.engine import PlainTrainer, check_num_classes
@@ -33,7 +33,7 @@ def trainer_class(cfg: CfgNode) -> type[PlainTrainer]:
     meta_architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     if issubclass(meta_architecture, LabelEncDetector):
         return LabelEncTrainer
-    if issubclass(meta_architecture, CrossKDDetector):
+    if issubclass(meta_architecture, CrossKDDistiller):
         return CrossKDTrainer
     return PlainTrainer
 

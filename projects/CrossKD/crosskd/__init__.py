@@ -1,15 +1,17 @@
-"""CrossKD: cross-head knowledge distillation for dense detectors."""
+"""CrossKD: cross-head knowledge distillation for object detectors."""
 
 from .alignment import align_features
 from .config import add_crosskd_config
 from .dense import CrossKDATSS, CrossKDFCOS, CrossKDGFL, CrossKDRetinaNet
 from .detector import CrossKDDetector
+from .distiller import CrossKDDistiller
 from .losses import box_loss, distribution_loss, feature_loss, quality_focal_loss
 from .trainer import CrossKDTrainer
 
 __all__ = [
     "CrossKDATSS",
     "CrossKDDetector",
+    "CrossKDDistiller",
     "CrossKDFCOS",
     "CrossKDGFL",
     "CrossKDRetinaNet",

@@ -10,10 +10,11 @@ from detectron2.structures import Boxes, ImageList
 from torch import nn
 from torch.nn import functional as F
 
-from plaindet.modeling import Teacher, TrainingOnlyModules, mean_over_processes
+from plaindet.modeling import Teacher, mean_over_processes
 from plaindet.modeling.atss_assigner import centers_within
 
 from .alignment import align_features
+from .distiller import CrossKDDistiller, check_equal, check_option
 from .heads import SubnetFeatures, num_positions, predict, run_subnets, width_at
 from .losses import box_loss, distribution_loss, feature_loss, quality_focal_loss
 
@@ -37,12 +38,9 @@ class Assignment(NamedTuple):
     normalizer: torch.Tensor  # scalar
 
 
-class CrossKDDetector(TrainingOnlyModules):
+class CrossKDDetector(CrossKDDistiller):
     """What CrossKD adds to the training of a Detectron2 `DenseDetector`. Put it before the
     meta-architecture in a list of base classes.
-
-    In inference, and in its state dict, it is the plain meta-architecture. The teacher is in
-    neither, nor among the parameters; it comes by :meth:`set_teacher`.
     """
 
     @configurable
@@ -75,10 +73,10 @@ class CrossKDDetector(TrainingOnlyModules):
             ValueError: an option has an unknown value.
         """
         super().__init__(**detector)
-        _check_option("STRATEGY", strategy, STRATEGIES)
-        _check_option("CLS_REGION", cls_region, ("all", "positive", "negative"))
-        _check_option("BOX_LOSS", box_loss_type, ("giou", "iou", "l1", "kl"))
-        _check_option("POSITION", position, range(num_positions(self.head) + 1))
+        check_option("CROSSKD.STRATEGY", strategy, STRATEGIES)
+        check_option("CROSSKD.CLS_REGION", cls_region, ("all", "positive", "negative"))
+        check_option("CROSSKD.BOX_LOSS", box_loss_type, ("giou", "iou", "l1", "kl"))
+        check_option("CROSSKD.POSITION", position, range(num_positions(self.head) + 1))
         self.position = position
         self.strategy = strategy
         self.cls_gamma = cls_gamma
@@ -89,13 +87,11 @@ class CrossKDDetector(TrainingOnlyModules):
         self.box_weight = box_weight
         self.centerness_weight = centerness_weight
         self.feature_weight = feature_weight
-        self.training_only = nn.ModuleDict()
-        self._teacher = None
 
     @classmethod
     def from_config(cls, cfg):
         crosskd = cfg.MODEL.CROSSKD
-        _check_option("CLS_LOSS", crosskd.CLS_LOSS, ("qfl", "bce"))
+        check_option("CROSSKD.CLS_LOSS", crosskd.CLS_LOSS, ("qfl", "bce"))
         return {
             **super().from_config(cfg),
             "position": crosskd.POSITION,
@@ -110,11 +106,6 @@ class CrossKDDetector(TrainingOnlyModules):
             "feature_weight": crosskd.FEATURE_WEIGHT,
         }
 
-    @property
-    def teacher(self) -> Teacher | None:
-        """The teacher, if it has been set."""
-        return self._teacher
-
     def set_teacher(self, teacher: Teacher) -> None:
         """Takes a trained detector as the teacher. Where its head has another width, a learned 1x1
         projection adapts features that change the head; so this comes before an optimizer is built.
@@ -123,8 +114,7 @@ class CrossKDDetector(TrainingOnlyModules):
             ValueError: its meta-architecture, classes, levels or anchors are not the student's,
                 its head has no such position, or another width where that cannot be bridged.
         """
-        check_teacher(teacher, self)
-        self._teacher = teacher
+        super().set_teacher(teacher)
         widths = [width_at(x.head, self.position) for x in (self, teacher.model)]
         if widths[0] == widths[1] or self.strategy == "mimicking":
             return
@@ -140,17 +130,39 @@ class CrossKDDetector(TrainingOnlyModules):
             projection = nn.Conv2d(source, target, kernel_size=1, bias=False)
             self.training_only[f"{name}_projection"] = projection.to(self.device)
 
-    def forward(self, batched_inputs: list[dict]):
-        """As the plain detector. In training the losses are the plain detector's and
+    def check_teacher(self, teacher: Teacher) -> None:
+        """
+        Raises:
+            ValueError: names the first thing in which they differ.
+        """
+        super().check_teacher(teacher)
+        both = (teacher.model, self)
+        shapes = [[x.backbone.output_shape()[name] for name in x.head_in_features] for x in both]
+        check_equal(
+            {
+                "number of classes": [x.num_classes for x in both],
+                "strides of the levels": [[shape.stride for shape in levels] for levels in shapes],
+                "divisor of image sizes": [x.backbone.size_divisibility for x in both],
+                "number of predictions for each anchor": [prediction_dims(x) for x in both],
+                "anchors": [
+                    [anchors.tolist() for anchors in x.anchor_generator.cell_anchors] for x in both
+                ],
+            }
+        )
+        positions = num_positions(teacher.model.head)
+        if self.position > positions:
+            raise ValueError(
+                f"MODEL.CROSSKD.POSITION is {self.position}, but the teacher's head has only "
+                f"{positions} convolutions"
+            )
+
+    def training_losses(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
+        """The losses of an iteration: the plain detector's and
 
         * `loss_kd_cls`, `loss_kd_box`: D_pred of classes and boxes
         * `loss_kd_centerness`: of the centerness, if it has a weight
         * `loss_kd_feature`: of PKD, if it has a weight
         """
-        if not self.training:
-            return super().forward(batched_inputs)
-        if self.teacher is None:
-            raise RuntimeError(f"{type(self).__name__} trains with a teacher: call set_teacher")
         images = self.preprocess_image(batched_inputs)
         gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
         features = self.backbone(images.tensor)
@@ -301,49 +313,3 @@ def decode(anchors: list[Boxes], predictions: Predictions) -> torch.Tensor:
         regression.flatten(0, 1), anchors.repeat(len(regression), 1)
     )
     return boxes.view(*regression.shape[:2], 4)
-
-
-def _check_option(key: str, value, expected) -> None:
-    if value not in expected:
-        raise ValueError(f"MODEL.CROSSKD.{key} is {value!r}, expected one of {list(expected)}")
-
-
-def check_teacher(teacher: Teacher, student: CrossKDDetector) -> None:
-    """
-    Raises:
-        ValueError: names the first thing in which they differ.
-    """
-    model = teacher.model
-    plain_class = student.plain_class()
-    found = {
-        "meta-architecture": (type(model).__name__, plain_class.__name__),
-        "number of classes": (getattr(model, "num_classes", None), student.num_classes),
-    }
-    _raise_if_different(found)
-    shapes = [
-        [x.backbone.output_shape()[name] for name in x.head_in_features] for x in (model, student)
-    ]
-    found = {
-        "strides of the levels": [[shape.stride for shape in levels] for levels in shapes],
-        "divisor of image sizes": [x.backbone.size_divisibility for x in (model, student)],
-        "number of predictions for each anchor": [prediction_dims(x) for x in (model, student)],
-        "anchors": [
-            [anchors.tolist() for anchors in x.anchor_generator.cell_anchors]
-            for x in (model, student)
-        ],
-    }
-    _raise_if_different(found)
-    if student.position > num_positions(model.head):
-        raise ValueError(
-            f"MODEL.CROSSKD.POSITION is {student.position}, but the teacher's head has only "
-            f"{num_positions(model.head)} convolutions"
-        )
-
-
-def _raise_if_different(found: dict) -> None:
-    for what, (teacher, student) in found.items():
-        if teacher != student:
-            raise ValueError(
-                f"The teacher's {what} is {teacher}, the student's is {student}: they have to be "
-                "equal"
-            )
