@@ -18,6 +18,7 @@ FOLDER = Path(train_net.__file__).parent / "configs"
 R50 = "ImageNetPretrained/MSRA/R-50.pkl"
 R101 = "ImageNetPretrained/MSRA/R-101.pkl"
 SWIN = "swin_tiny_patch4_window7_224.pth?matching_heuristics=True"
+R18 = "R-18.pkl"
 MOBILENET = "mobilenet_v2-7ebf99e0.pth?matching_heuristics=True"
 # Learning rates.
 DENSE, TWO_STAGE = 0.01, 0.02
@@ -39,6 +40,7 @@ PLAIN = {
     "atss_R_50_FPN_1x": (DENSE, R50),
     "atss_R_50_FPN_2x_ms": (DENSE, R50),
     "atss_R_101_FPN_1x": (DENSE, R101),
+    "faster_rcnn_R_18_FPN_1x": (TWO_STAGE, R18),
     "faster_rcnn_R_50_FPN_1x": (TWO_STAGE, R50),
     "faster_rcnn_R_101_FPN_1x": (TWO_STAGE, R101),
     "faster_rcnn_R_101_DCN_FPN_1x": (TWO_STAGE, R101),
@@ -79,7 +81,7 @@ VANILLA_KD = {
     "retinanet_R_50_FPN_vanilla_kd_from_R_101": "retinanet_R_101_FPN_1x",
 }
 # These have mmdet's solver, the others that of the LabelEnc paper.
-MMDET = {name for name in PLAIN if name.startswith(("gfl", "atss"))}
+MMDET = {name for name in PLAIN if name.startswith(("gfl", "atss", "faster_rcnn_R_18"))}
 LABELENC = {**STEP1, **STEP2, **VANILLA_KD}
 COCO = [f"PlainDet/{name}.yaml" for name in PLAIN] + [f"LabelEnc/{name}.yaml" for name in LABELENC]
 
@@ -114,7 +116,7 @@ def test_settings_of_the_paper(read_cfg, config):
     test = () if "reconstruction_only" in name else ("coco_2017_val",)
     assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("coco_2017_train",), test)
     assert cfg.MODEL.WEIGHTS.endswith(weights)
-    assert cfg.INPUT.FORMAT == ("RGB" if weights in (MOBILENET, SWIN) else "BGR")
+    assert cfg.INPUT.FORMAT == ("RGB" if weights in (MOBILENET, R18, SWIN) else "BGR")
     assert cfg.MODEL.MASK_ON == ("mask_rcnn" in name)
 
     if name in STEP1:

@@ -25,6 +25,8 @@ SCHEDULE = {
     "retinanet_R_50_FPN_from_Swin_T": (ONE, "retinanet_Swin_T"),
     "atss_R_50_FPN_from_R_101": (ONE, "atss_R_101"),
     "fcos_R_50_FPN_from_R_101": (TWO, "fcos_R_101"),
+    "faster_rcnn_R_18_FPN_from_R_50": (ONE, "faster_rcnn_R_50"),
+    "mask_rcnn_R_18_FPN_from_R_50": (ONE, "mask_rcnn_R_50"),
 }
 # detector: position; kind and weight of the box loss; weights of classes and centerness
 LOSSES = {
@@ -32,13 +34,17 @@ LOSSES = {
     "retinanet": (3, "giou", 1, 1, 0),
     "atss": (3, "giou", 1, 1, 1),
     "fcos": (2, "iou", 0.75, 0.4, 0),
+    "faster": (0, "l1", 1, 0.5, 0),
+    "mask": (0, "l1", 1, 0.5, 0),
 }
 
 
 # Variants: what they change of the config of this name without their ending.
 FEATURE_WEIGHT = {"gfl": 6.0, "retinanet": 2.0, "atss": 1.0, "fcos": 2.0}
 VARIANTS = {
-    f"{name}_pkd": {"FEATURE_WEIGHT": FEATURE_WEIGHT[name.partition("_")[0]]} for name in SCHEDULE
+    f"{name}_pkd": {"FEATURE_WEIGHT": FEATURE_WEIGHT[detector]}
+    for name in SCHEDULE
+    if (detector := name.partition("_")[0]) in FEATURE_WEIGHT
 }
 TABLES = {  # 1 and 4 of the supplement
     "bce": {"CLS_LOSS": "bce"},
@@ -77,7 +83,9 @@ def test_settings_of_the_official_code(read_cfg, name):
     solver, crosskd = cfg.SOLVER, cfg.MODEL.CROSSKD
     (steps, max_iter), teacher = SCHEDULE[name]
     assert (solver.STEPS, solver.MAX_ITER, solver.IMS_PER_BATCH) == (steps, max_iter, 16)
-    assert (solver.BASE_LR, solver.WARMUP_ITERS, solver.WEIGHT_DECAY) == (0.01, 500, 1e-4)
+    is_rcnn = detector in ("faster", "mask")
+    base_lr = 0.02 if is_rcnn else 0.01
+    assert (solver.BASE_LR, solver.WARMUP_ITERS, solver.WEIGHT_DECAY) == (base_lr, 500, 1e-4)
     assert LOSSES[detector] == (
         crosskd.POSITION,
         crosskd.BOX_LOSS,
@@ -85,10 +93,12 @@ def test_settings_of_the_official_code(read_cfg, name):
         crosskd.CLS_WEIGHT,
         crosskd.CENTERNESS_WEIGHT,
     )
-    assert (crosskd.STRATEGY, crosskd.CLS_LOSS, crosskd.CLS_GAMMA) == ("a", "qfl", 1)
+    cls_loss = "kl" if is_rcnn else "qfl"
+    assert (crosskd.STRATEGY, crosskd.CLS_LOSS, crosskd.CLS_GAMMA) == ("a", cls_loss, 1)
+    assert crosskd.CLS_TEMPERATURE == 1
     assert crosskd.TEACHER.CONFIG_FILE == f"output/teachers/{teacher}.yaml"
     assert crosskd.TEACHER.WEIGHTS == f"output/teachers/{teacher}.pth"
-    assert cfg.MODEL.FPN.TOP_BLOCK_IN_FEATURE == "p5"
+    assert cfg.MODEL.MASK_ON == (detector == "mask")
     if detector == "fcos":
         assert (solver.WARMUP_METHOD, round(solver.WARMUP_FACTOR, 3)) == ("constant", 0.333)
         assert (solver.BIAS_LR_FACTOR, solver.WEIGHT_DECAY_BIAS) == (2, 0)
@@ -99,8 +109,15 @@ def test_settings_of_the_official_code(read_cfg, name):
         assert (solver.WARMUP_METHOD, solver.WARMUP_FACTOR) == ("linear", 0.001)
         assert (solver.BIAS_LR_FACTOR, solver.WEIGHT_DECAY_BIAS) == (1, 1e-4)
         assert (cfg.INPUT.FORMAT, cfg.MODEL.RESNETS.STRIDE_IN_1X1) == ("RGB", False)
-        assert cfg.MODEL.FPN.TOP_BLOCK == "LastLevelP6P7WithoutReLU"
         assert cfg.INPUT.MIN_SIZE_TRAIN == (800,)
+    if is_rcnn:
+        box_head, box_loss = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.RPN.BBOX_REG_LOSS_TYPE
+        assert (box_head.POOLER_TYPE, box_head.POOLER_SAMPLING_RATIO) == ("ROIAlignV2", 0)
+        assert box_head.BBOX_REG_LOSS_TYPE == box_loss == "smooth_l1"
+        assert box_head.SMOOTH_L1_BETA == cfg.MODEL.RPN.SMOOTH_L1_BETA == 0  # L1
+    else:
+        assert cfg.MODEL.FPN.TOP_BLOCK_IN_FEATURE == "p5"
+        assert cfg.MODEL.FPN.TOP_BLOCK.endswith("WithoutReLU") == (detector != "fcos")
 
 
 @pytest.mark.parametrize("name", SCHEDULE)

@@ -9,58 +9,14 @@ from detectron2.modeling import build_model
 from detectron2.structures import ImageList
 from detectron2.utils.analysis import find_unused_parameters
 from detectron2.utils.events import EventStorage
+from iteration import losses_of, with_gradient
 
-from crosskd import CrossKDTrainer
 from plaindet import add_plaindet_config
 
 DETECTORS = ["retinanet", "fcos", "gfl", "atss"]
 detectors = pytest.mark.parametrize("detector", DETECTORS)
 KD = {"loss_kd_cls", "loss_kd_box"}
 STRIDES = [8, 16, 32, 64, 128]
-
-
-@pytest.fixture
-def teacher_file(make_cfg, tmp_path):
-    def make(detector, *overrides):
-        torch.manual_seed(7)
-        cfg = make_cfg(f"quick/{detector}_R_34_teacher.yaml")
-        cfg.merge_from_list(list(overrides))
-        model = build_model(cfg)
-        path = tmp_path / f"{detector}_teacher.pth"
-        torch.save({"model": model.state_dict()}, path)
-        return path
-
-    return make
-
-
-@pytest.fixture
-def make_trainer(make_cfg, teacher_file):
-    def make(detector, *overrides, teacher=()):
-        num_classes = f"MODEL.{detector.upper()}.NUM_CLASSES"
-        options = [num_classes, 3, "DATASETS.TRAIN", ("tiny_train",), *teacher]
-        return CrossKDTrainer(
-            make_cfg(
-                f"quick/{detector}_R_18_crosskd.yaml",
-                *("MODEL.CROSSKD.TEACHER.WEIGHTS", str(teacher_file(detector, *teacher))),
-                *("MODEL.CROSSKD.TEACHER.OPTS", str(options)),
-                *("SOLVER.MAX_ITER", "2"),
-                *overrides,
-            )
-        )
-
-    return make
-
-
-def losses_of(trainer):
-    with EventStorage():
-        return trainer.model(next(iter(trainer.data_loader)))
-
-
-def with_gradient(model, losses):
-    """The parameters that the losses reach."""
-    model.zero_grad()
-    sum(losses).backward(retain_graph=True)
-    return {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
 
 @detectors

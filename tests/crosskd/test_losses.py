@@ -13,6 +13,7 @@ from crosskd import (
     feature_loss,
     quality_focal_loss,
 )
+from crosskd.losses import probability_logits
 
 NUMBERS = np.load(Path(__file__).parent.parent / "data" / "crosskd" / "components.npz")
 
@@ -34,6 +35,15 @@ def test_quality_focal_loss():
     ((loss.sum(dim=1) * get("qfl/weight")).sum() / get("qfl/avg_factor")).backward()
     close(logits.grad, "qfl/beta1_weighted_avg_grad")
     assert target.grad is None
+
+
+def test_probability_logits():
+    logits = (torch.randn(5, 4) * 3).requires_grad_()
+    probabilities = probability_logits(logits).sigmoid()
+    torch.testing.assert_close(probabilities, logits.softmax(dim=-1), rtol=1e-4, atol=1e-6)
+    certain = torch.tensor([[80.0, 0.0, -90.0]], requires_grad=True)
+    probability_logits(certain).sum().backward()
+    assert certain.grad.isfinite().all()
 
 
 def test_binary_cross_entropy():

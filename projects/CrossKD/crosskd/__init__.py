@@ -7,6 +7,7 @@ from .detector import CrossKDDetector
 from .distiller import CrossKDDistiller
 from .losses import box_loss, distribution_loss, feature_loss, quality_focal_loss
 from .trainer import CrossKDTrainer
+from .two_stage import CrossKDGeneralizedRCNN
 
 __all__ = [
     "CrossKDATSS",
@@ -14,6 +15,7 @@ __all__ = [
     "CrossKDDistiller",
     "CrossKDFCOS",
     "CrossKDGFL",
+    "CrossKDGeneralizedRCNN",
     "CrossKDRetinaNet",
     "CrossKDTrainer",
     "add_crosskd_config",

@@ -11,11 +11,11 @@ def align_features(features: torch.Tensor, reference: torch.Tensor) -> torch.Ten
     """Gives each channel the mean and the standard deviation that the reference's has.
 
     Args:
-        features: (N, C, H, W); the gradient also flows through their own statistics.
-        reference: (N, C, H, W)
+        features: (N, C, H, W) or (N, C); the gradient also flows through their own statistics.
+        reference: of the same shape, or with another N, H, W.
 
     Returns:
-        (N, C, H, W), float32
+        of the shape of `features`, float32
     """
     mean, _, deviation = channel_statistics(reference)
     return standardize(features) * deviation + mean
@@ -25,10 +25,10 @@ def standardize(features: torch.Tensor) -> torch.Tensor:
     """Gives each channel the mean 0 and the standard deviation 1.
 
     Args:
-        features: (N, C, H, W)
+        features: (N, C, H, W) or (N, C)
 
     Returns:
-        (N, C, H, W), float32
+        of the same shape, float32
     """
     _, centered, deviation = channel_statistics(features)
     return centered / (deviation + EPSILON)
@@ -37,16 +37,16 @@ def standardize(features: torch.Tensor) -> torch.Tensor:
 def channel_statistics(
     features: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The mean of each channel over images and positions, the features without it, and the
-    (unbiased) standard deviation, which is 0 for a single element. In float32.
+    """The mean of each channel over images (or regions) and positions, the features without it, and
+    the (unbiased) standard deviation, which is 0 for a single element. In float32.
 
     Args:
-        features: (N, C, H, W)
+        features: (N, C, H, W), or (N, C) where there are no positions.
 
     Returns:
-        (1, C, 1, 1), (N, C, H, W), (1, C, 1, 1)
+        (1, C, 1, 1), (N, C, H, W), (1, C, 1, 1); or (1, C), (N, C), (1, C)
     """
-    dims, features = (0, 2, 3), features.float()
+    dims, features = [dim for dim in range(features.dim()) if dim != 1], features.float()
     mean = features.mean(dim=dims, keepdim=True)
     centered = features - mean
     degrees_of_freedom = max(features.numel() // features.shape[1] - 1, 1)

@@ -30,6 +30,19 @@ def quality_focal_loss(
     return loss * (logits.sigmoid() - target).abs().pow(gamma) if gamma > 0 else loss
 
 
+def probability_logits(logits: torch.Tensor) -> torch.Tensor:
+    """The logits of the sigmoid that give the probabilities of a softmax, for losses of single
+    probabilities. Probabilities are kept 1e-6 away from 0 and 1.
+
+    Args:
+        logits: (..., classes) of the softmax.
+
+    Returns:
+        (..., classes), float32
+    """
+    return torch.logit(logits.float().softmax(dim=-1), eps=EPSILON)
+
+
 def distribution_loss(
     logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
