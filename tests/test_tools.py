@@ -57,6 +57,16 @@ def test_demo(tiny_data, tmp_path, monkeypatch, capfd, name, last_row):
         assert (tmp_path / "tiny" / picture).stat().st_size > 10_000, picture
 
 
+def test_configs_of_the_demo_of_crosskd(read_cfg):
+    demo = load_tool("demo_crosskd")
+    for detector, (_, node) in demo.DETECTORS.items():
+        for config in demo.RUNS.values():
+            cfg = read_cfg(f"quick/{config.format(detector)}")
+            module = cfg.MODEL.META_ARCHITECTURE.replace("GeneralizedRCNN", "ROI_HEADS")
+            assert module.upper().endswith(node)
+            assert cfg.MODEL[node].NUM_CLASSES == 8  # of shapes
+
+
 def test_benchmark(monkeypatch, capsys):
     arguments = "benchmark --size 64 96 --num-classes 20 --rounds 1 --no-memory"
     arguments += " --detectors retinanet mask_rcnn"
