@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.structures import Boxes, Instances
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss
 
 from crosskd.box_head import RegionPredictions
+from plaindet.modeling import Teacher
 
 detectors = pytest.mark.parametrize("detector", ["faster_rcnn", "mask_rcnn"])
 KD = {"loss_kd_cls", "loss_kd_box"}
@@ -328,6 +330,16 @@ def test_options(make_cfg, key, value, message):
         cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p5"]
     with pytest.raises(ValueError, match=f"MODEL.{key} {message}"):
         build_model(cfg)
+
+
+def test_teacher_of_the_model_zoo(read_cfg):
+    """Detectron2's own baseline fits the student's config."""
+    cfg = read_cfg("CrossKD/faster_rcnn_R_18_FPN_from_R_50.yaml")
+    teacher = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    cfg.MODEL.DEVICE = teacher.MODEL.DEVICE = "cpu"
+    student = build_model(cfg)
+    student.set_teacher(Teacher(build_model(teacher), teacher.INPUT.FORMAT))
+    assert not student.training_only
 
 
 def test_without_teacher(make_cfg):

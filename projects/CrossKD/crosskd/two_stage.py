@@ -145,7 +145,7 @@ class CrossKDGeneralizedRCNN(CrossKDDistiller, GeneralizedRCNN):
                 "kind of box head": [type(x.box_head).__name__ for x in roi_heads],
                 "number of classes": [x.num_classes for x in roi_heads],
                 "strides of the pooled levels": [
-                    [x.backbone.output_shape()[name].stride for name in x.roi_heads.in_features]
+                    [x.backbone.output_shape()[name].stride for name in x.roi_heads.box_in_features]
                     for x in both
                 ],
                 "resolution of the pooled features": [x.box_pooler.output_size for x in roi_heads],
@@ -183,15 +183,15 @@ class CrossKDGeneralizedRCNN(CrossKDDistiller, GeneralizedRCNN):
         losses.update(roi_heads._forward_keypoint(features, regions))
 
         with torch.no_grad():
-            teacher = self.teacher.model.roi_heads
+            heads = self.teacher.model.roi_heads
             features = self.teacher.features(batched_inputs, self.input_format, self.device)
-            teacher_held = region_features(teacher, features, regions, self.position)
-            target = region_predictions(teacher, teacher_held, self.position)
+            reference = region_features(heads, features, regions, self.position)
+            teacher = region_predictions(heads, reference, self.position)
 
         imitating = student
         if self.strategy == "a":
-            imitating = self.cross_head_predictions(held, teacher_held)
-        losses.update(self.distillation_losses(regions, imitating, target))
+            imitating = self.cross_head_predictions(held, reference)
+        losses.update(self.distillation_losses(regions, imitating, teacher))
         return losses
 
     def cross_head_predictions(
