@@ -69,6 +69,16 @@ def add_plaindet_config(cfg: CfgNode) -> None:
     # Data sets in COCO format to register, each [name, json file, folder of images]. The names can
     # then be used in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.COCO_FORMAT = []
+    # With INPUT.CROP.ENABLED: if not empty, the crop is DETR's. It happens to every second image,
+    # whose shorter side is resized to one of these lengths before.
+    cfg.INPUT.CROP.RESIZE_BEFORE = ()
+
+    # "SGD", which is Detectron2's, or "AdamW".
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # For AdamW: factors of the learning rate, each [a part of parameters' names, factor]. The first
+    # that fits counts.
+    cfg.SOLVER.LR_FACTORS = []
+    # SOLVER.CLIP_GRADIENTS.CLIP_TYPE may also be "full_model": the norm of all gradients together.
 
     # For build_fpn_backbone: the registered builder of the network below the FPN.
     cfg.MODEL.FPN.BOTTOM_UP = "build_resnet_backbone"

@@ -1,8 +1,19 @@
 from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
 
 
 class PlainDatasetMapper(DatasetMapper):
-    """Detectron2's mapper, whose errors name the image."""
+    """Detectron2's mapper, whose errors name the image, with DETR's crop as an option."""
+
+    @classmethod
+    def from_config(cls, cfg, is_train: bool = True):
+        arguments = super().from_config(cfg, is_train)
+        crop = cfg.INPUT.CROP
+        if is_train and crop.ENABLED and crop.RESIZE_BEFORE:
+            augmentations = arguments["augmentations"]  # the crop is the first
+            resize = T.ResizeShortestEdge(crop.RESIZE_BEFORE, sample_style="choice")
+            augmentations[0] = T.RandomApply(T.AugmentationList([resize, augmentations[0]]))
+        return arguments
 
     def __call__(self, dataset_dict):
         """As :class:`detectron2.data.DatasetMapper`.

@@ -1,3 +1,4 @@
 from .checks import check_num_classes, check_teacher_classes
+from .optimizer import build_optimizer
 from .plain_config import write_plain_config
 from .trainer import PlainTrainer, build_evaluator

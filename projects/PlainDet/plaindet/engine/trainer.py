@@ -6,6 +6,7 @@ import logging
 import os
 import weakref
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_train_loader
@@ -24,6 +25,7 @@ from plaindet.data import PlainDatasetMapper
 from plaindet.modeling import TrainingOnlyModules
 
 from .checks import check_num_classes
+from .optimizer import build_optimizer
 from .plain_config import write_plain_config
 
 
@@ -77,6 +79,10 @@ class PlainTrainer(DefaultTrainer):
     @classmethod
     def build_checkpointer(cls, cfg: CfgNode, model: nn.Module) -> DetectionCheckpointer:
         return DetectionCheckpointer(model, cfg.OUTPUT_DIR)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_mapper(cls, cfg: CfgNode) -> PlainDatasetMapper:
