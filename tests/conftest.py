@@ -36,7 +36,7 @@ def make_cfg(tmp_path, read_cfg, tiny_data):
     def make(config_file, *overrides):
         cfg = read_cfg(config_file)
         cfg.MODEL.DEVICE = "cpu"
-        for name in ("RETINANET", "FCOS", "GFL", "ATSS", "ROI_HEADS"):
+        for name in ("RETINANET", "FCOS", "GFL", "ATSS", "DEFORMABLE_DETR", "ROI_HEADS"):
             cfg.MODEL[name].NUM_CLASSES = len(CLASSES)
         cfg.DATASETS.COCO_FORMAT = [list(entry) for entry in tiny_data]
         cfg.DATASETS.TRAIN = ("tiny_train",)

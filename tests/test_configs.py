@@ -89,7 +89,9 @@ COCO = [f"PlainDet/{name}.yaml" for name in PLAIN] + [f"LabelEnc/{name}.yaml" fo
 def test_every_config_is_in_the_tables():
     found = {str(path.relative_to(FOLDER)) for path in FOLDER.glob("[LP]*/*.yaml")}
     shared = {path for path in found if Path(path).name[0].isupper()}  # Base-..., Step1, ...
-    assert found - shared == set(COCO)
+    # Those of Deformable DETR are in plaindet/test_deformable_detr.py.
+    others = {path for path in found if Path(path).name.startswith("deformable_detr")}
+    assert found - shared - others == set(COCO)
 
 
 @pytest.mark.parametrize("config", COCO)

@@ -49,5 +49,5 @@ CHECK
     pip_install --no-deps "$wheel"
 fi
 
-pip_install --no-build-isolation -e ".[dev]"
+pip_install --no-build-isolation -e ".[dev,detr]"
 "$PYTHON" -c "import detectron2, torch; print('Ready: Detectron2', detectron2.__version__, 'with torch', torch.__version__)"

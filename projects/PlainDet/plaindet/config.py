@@ -176,3 +176,33 @@ def add_plaindet_config(cfg: CfgNode) -> None:
     # Of the class loss.
     cfg.MODEL.ATSS.FOCAL_LOSS_ALPHA = 0.25
     cfg.MODEL.ATSS.FOCAL_LOSS_GAMMA = 2.0
+
+    # Deformable DETR (needs the optional extra [detr]). The defaults are the paper's.
+    detr = cfg.MODEL.DEFORMABLE_DETR = CfgNode()
+    detr.NUM_CLASSES = 80
+    # Features of the backbone, the finest first. Further levels up to NUM_FEATURE_LEVELS come from
+    # 3x3 convolutions of stride 2 behind the last one.
+    detr.IN_FEATURES = ["res3", "res4", "res5"]
+    detr.NUM_FEATURE_LEVELS = 4
+    # The transformer: its width (a multiple of 32), attention heads, layers, width between the two
+    # layers of a feed-forward network, and points that each head samples in each level.
+    detr.HIDDEN_DIM = 256
+    detr.NUM_HEADS = 8
+    detr.NUM_ENCODER_LAYERS = 6
+    detr.NUM_DECODER_LAYERS = 6
+    detr.FEEDFORWARD_DIM = 1024
+    detr.NUM_POINTS = 4
+    detr.DROPOUT = 0.1
+    # Object queries, the largest number of objects in an image.
+    detr.NUM_QUERIES = 300
+    # Whether each decoder layer refines the boxes of the one before.
+    detr.BOX_REFINEMENT = False
+    # Whether the queries are the encoder's best proposals. Needs BOX_REFINEMENT.
+    detr.TWO_STAGE = False
+    # Class probability at the start of the training.
+    detr.PRIOR_PROB = 0.01
+    # Weights of the focal loss of the classes, the L1 and the GIoU loss of the boxes, in the loss
+    # and in the cost of the Hungarian matching.
+    detr.CLS_WEIGHT = 2.0
+    detr.L1_WEIGHT = 5.0
+    detr.GIOU_WEIGHT = 2.0

@@ -11,7 +11,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from torch import nn
 
 from plaindet.messages import some_of
-from plaindet.modeling import ATSS, FCOS, GFL, Teacher
+from plaindet.modeling import ATSS, FCOS, GFL, DeformableDETR, Teacher
 
 # The config key that gives a module its number of classes.
 NUM_CLASSES_KEYS = {
@@ -19,6 +19,7 @@ NUM_CLASSES_KEYS = {
     FCOS: "MODEL.FCOS.NUM_CLASSES",
     GFL: "MODEL.GFL.NUM_CLASSES",
     ATSS: "MODEL.ATSS.NUM_CLASSES",
+    DeformableDETR: "MODEL.DEFORMABLE_DETR.NUM_CLASSES",
     ROIHeads: "MODEL.ROI_HEADS.NUM_CLASSES",
 }
 

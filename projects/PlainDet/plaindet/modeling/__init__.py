@@ -6,6 +6,7 @@ from .deformable import (
     DeformableConv2d,
     build_deformable_resnet_backbone,
 )
+from .deformable_detr import DeformableDETR
 from .fcos import FCOS, FCOSHead
 from .fpn import LastLevelP6P7WithoutReLU, build_fpn_backbone
 from .gfl import GFL, GFLHead
