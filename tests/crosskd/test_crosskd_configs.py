@@ -60,6 +60,8 @@ VARIANTS.update({f"gfl_R_18_FPN_from_R_50_{ending}": keys for ending, keys in TA
 
 def test_every_config_is_in_the_table():
     found = {path.stem for path in FOLDER.glob("*.yaml")}
+    # Of test_deformable_detr.py.
+    found = {name for name in found if not name.startswith("deformable_detr")}
     assert {name for name in found if not name[0].isupper()} == {*SCHEDULE, *VARIANTS}
 
 

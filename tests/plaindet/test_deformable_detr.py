@@ -194,7 +194,7 @@ def test_gradients_equal_the_librarys(make_pair):
     parameters = [parameters.get(name, parameters.get(f"model.decoder.{name}")) for name in names]
     expected = torch.autograd.grad(loss, parameters)
     ours.train()
-    ours.criterion.weights["loss_ce"] = 1.0  # the library's weight; its matching cost has 2
+    ours.criterion.weights["loss_cls"] = 1.0  # the library's weight; its matching cost has 2
     found = torch.autograd.grad(sum(ours(batch).values()), list(ours.transformer.parameters()))
     for name, gradient, other in zip(names, found, expected):
         torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5, msg=name)

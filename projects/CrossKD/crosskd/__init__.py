@@ -2,6 +2,7 @@
 
 from .alignment import align_features
 from .config import add_crosskd_config
+from .deformable_detr import CrossKDDeformableDETR
 from .dense import CrossKDATSS, CrossKDFCOS, CrossKDGFL, CrossKDRetinaNet
 from .detector import CrossKDDetector
 from .distiller import CrossKDDistiller
@@ -11,6 +12,7 @@ from .two_stage import CrossKDGeneralizedRCNN
 
 __all__ = [
     "CrossKDATSS",
+    "CrossKDDeformableDETR",
     "CrossKDDetector",
     "CrossKDDistiller",
     "CrossKDFCOS",

@@ -38,3 +38,6 @@ def add_crosskd_config(cfg: CfgNode) -> None:
     cfg.MODEL.CROSSKD.CENTERNESS_WEIGHT = 0.0
     # Weight of the feature loss of PKD on the FPN's levels. 0: none.
     cfg.MODEL.CROSSKD.FEATURE_WEIGHT = 0.0
+    # Deformable DETR: whose queries and references go into the teacher's decoder layers, "teacher"
+    # or "student".
+    cfg.MODEL.CROSSKD.QUERIES = "teacher"

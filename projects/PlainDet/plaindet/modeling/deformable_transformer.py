@@ -188,6 +188,10 @@ class DeformableTransformer(nn.Module):
         return self.model.config.d_model
 
     @property
+    def num_levels(self) -> int:
+        return len(self.model.input_proj)
+
+    @property
     def num_stages(self) -> int:
         """The number of decoder layers."""
         return len(self.model.decoder.layers)
@@ -313,7 +317,11 @@ class SetCriterion(DeformableDetrImageLoss):
         """
         matcher = DeformableDetrHungarianMatcher(cls_weight, l1_weight, giou_weight)
         super().__init__(matcher, num_classes, FOCAL_ALPHA, losses=["labels", "boxes"])
-        self.weights = {"loss_ce": cls_weight, "loss_bbox": l1_weight, "loss_giou": giou_weight}
+        self.weights = {
+            "loss_cls": cls_weight,
+            "loss_box_reg": l1_weight,
+            "loss_giou": giou_weight,
+        }
 
     def forward(
         self, predictions: Predictions, targets: list[dict], num_boxes: torch.Tensor
@@ -330,11 +338,14 @@ class SetCriterion(DeformableDetrImageLoss):
             FloatingPointError: a predicted box is infinite or NaN.
         """
         outputs = {"logits": predictions.logits, "pred_boxes": predictions.boxes}
-        indices = self._match(outputs, targets)
-        losses = self.loss_labels(outputs, targets, indices, num_boxes)
-        losses.update(self.loss_boxes(outputs, targets, indices, num_boxes))
-        names = {"loss_ce": "loss_cls", "loss_bbox": "loss_box_reg", "loss_giou": "loss_giou"}
-        return {names[key]: self.weights[key] * loss for key, loss in losses.items()}
+        arguments = (outputs, targets, self._match(outputs, targets), num_boxes)
+        found = {**self.loss_labels(*arguments), **self.loss_boxes(*arguments)}
+        losses = {
+            "loss_cls": found["loss_ce"],
+            "loss_box_reg": found["loss_bbox"],
+            "loss_giou": found["loss_giou"],
+        }
+        return {name: self.weights[name] * loss for name, loss in losses.items()}
 
     def _match(self, outputs: dict, targets: list[dict]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         if not any(len(target["boxes"]) for target in targets):  # which the library cannot

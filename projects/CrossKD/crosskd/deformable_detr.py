@@ -1,0 +1,217 @@
+"""CrossKD for Deformable DETR: the student's encoder output goes through the teacher's decoder."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import CfgNode, configurable, get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import nn
+from torchvision.ops import box_convert
+
+from plaindet.modeling import DeformableDETR, Teacher, TrainingOnlyModules
+
+from .config import add_crosskd_config
+from .detector import _check_option, _raise_if_different
+from .losses import box_loss, quality_focal_loss
+
+# The keys of MODEL.CROSSKD that mean something here.
+KEYS = ("TEACHER", "QUERIES", "CLS_LOSS", "CLS_GAMMA", "CLS_WEIGHT", "BOX_WEIGHT")
+
+
+@META_ARCH_REGISTRY.register()
+class CrossKDDeformableDETR(TrainingOnlyModules, DeformableDETR):
+    """Deformable DETR trained with CrossKD (supplement, Table 3).
+
+    Each decoder layer of the teacher reads the student's memory (the encoder's output), with the
+    same queries and references as when it reads the teacher's. Its predictions from the student's
+    memory, the cross-head predictions, imitate those from the teacher's, which correspond to them
+    one to one. The queries and references are the teacher's, so that the student's decoder learns
+    from the ground truth alone, or optionally the student's.
+
+    In inference, and in its state dict, it is the plain meta-architecture. The teacher is in
+    neither, nor among the parameters; it comes by :meth:`set_teacher`.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        queries: str = "teacher",
+        cls_gamma: float = 0.0,
+        cls_weight: float = 1.0,
+        box_weight: float = 1.0,
+        **detector,
+    ):
+        """
+        Args:
+            queries: "teacher" or "student": whose queries and references go into the layers.
+            cls_gamma: of the quality focal loss; 0 is the binary cross entropy.
+            cls_weight: of the class loss.
+            box_weight: of the L1 and the GIoU loss, beside the weights of the detection losses.
+            detector: the arguments of the plain meta-architecture.
+
+        Raises:
+            ValueError: an option has an unknown value.
+        """
+        super().__init__(**detector)
+        _check_option("QUERIES", queries, ("teacher", "student"))
+        self.queries = queries
+        self.cls_gamma = cls_gamma
+        self.cls_weight = cls_weight
+        self.box_weight = box_weight
+        self.training_only = nn.ModuleDict()
+        self._teacher = None
+
+    @classmethod
+    def from_config(cls, cfg):
+        crosskd = cfg.MODEL.CROSSKD
+        _check_other_keys(crosskd)
+        _check_option("CLS_LOSS", crosskd.CLS_LOSS, ("qfl", "bce"))
+        return {
+            **super().from_config(cfg),
+            "queries": crosskd.QUERIES,
+            "cls_gamma": crosskd.CLS_GAMMA if crosskd.CLS_LOSS == "qfl" else 0.0,
+            "cls_weight": crosskd.CLS_WEIGHT,
+            "box_weight": crosskd.BOX_WEIGHT,
+        }
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The teacher, if it has been set."""
+        return self._teacher
+
+    def set_teacher(self, teacher: Teacher) -> None:
+        """Takes a trained detector as the teacher. Where its transformer has another width, learned
+        linear projections adapt what goes into it; so this comes before an optimizer is built.
+
+        Raises:
+            ValueError: its meta-architecture, classes or levels are not the student's.
+        """
+        check_teacher(teacher, self)
+        self._teacher = teacher
+        source, target = self.transformer.hidden_dim, teacher.model.transformer.hidden_dim
+        if source != target:
+            adapted = (
+                ["memory"] if self.queries == "teacher" else ["memory", "queries", "positions"]
+            )
+            for name in adapted:
+                self.training_only[name] = nn.Linear(source, target).to(self.device)
+
+    def forward(self, batched_inputs: list[dict]):
+        """As the plain detector. In training the losses are the plain detector's and for each
+        decoder layer of the teacher, with suffixes as the plain ones,
+
+        * `loss_kd_cls`: D_pred of the classes
+        * `loss_kd_box` (L1) and `loss_kd_giou`: D_pred of the boxes
+        """
+        if not self.training:
+            return super().forward(batched_inputs)
+        if self.teacher is None:
+            raise RuntimeError(f"{type(self).__name__} trains with a teacher: call set_teacher")
+        images = self.preprocess_image(batched_inputs)
+        memory = self.encode(self.backbone(images.tensor), images)
+        decoded = self.transformer.decode(memory)
+        targets = self.targets(batched_inputs)
+        losses = self.losses(decoded, targets)
+
+        with torch.no_grad():
+            features = self.teacher.features(batched_inputs, self.input_format, self.device)
+            teacher_memory = self.teacher.model.encode(features, images)
+        if self.queries == "teacher":
+            with torch.no_grad():
+                stages, expected, _ = self.teacher.model.transformer.decode(teacher_memory)
+        else:
+            stages = [self._adapt_queries(inputs) for inputs in decoded.inputs]
+            with torch.no_grad():
+                expected = self.predictions_of_teacher(stages, teacher_memory)
+        cross_head = self.predictions_of_teacher(stages, self._adapt_memory(memory))
+        losses.update(self.distillation_losses(cross_head, expected, self.num_boxes(targets)))
+        return losses
+
+    def predictions_of_teacher(self, stages: list, memory) -> list:
+        """The `Predictions` of each decoder layer of the teacher from a memory.
+
+        Args:
+            stages: `StageInputs` of each layer.
+            memory: a `Memory` of the teacher's width.
+        """
+        transformer = self.teacher.model.transformer
+        return [transformer.run_stage(i, inputs, memory)[1] for i, inputs in enumerate(stages)]
+
+    def distillation_losses(
+        self, predictions: list, expected: list, num_boxes: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """D_pred between the predictions of each layer and their constant target. The box losses of
+        a query are weighted by the confidence of its target, the highest class probability; all
+        are divided by the number of objects, as the detection losses are."""
+        losses = {}
+        for i, (found, target) in enumerate(zip(predictions, expected)):
+            suffix = "" if i == len(expected) - 1 else f"_{i}"
+            confidence = target.logits.amax(dim=-1).sigmoid()  # r
+            loss_cls = quality_focal_loss(found.logits, target.logits, self.cls_gamma)
+            corners = (box_convert(x.boxes, "cxcywh", "xyxy") for x in (found, target))
+            for name, weight, loss in (
+                ("loss_kd_cls", self.cls_weight, loss_cls.sum(dim=-1)),
+                (
+                    "loss_kd_box",
+                    self.box_weight * self.criterion.weights["loss_box_reg"],
+                    box_loss(found.boxes, target.boxes, "l1") * confidence,
+                ),
+                (
+                    "loss_kd_giou",
+                    self.box_weight * self.criterion.weights["loss_giou"],
+                    box_loss(*corners, "giou") * confidence,
+                ),
+            ):
+                losses[name + suffix] = weight * loss.sum() / num_boxes
+        return losses
+
+    def _adapt_memory(self, memory):
+        return memory._replace(features=self._adapt("memory", memory.features))
+
+    def _adapt_queries(self, inputs):
+        """The student's inputs of a layer for the teacher's. The references are as constant as they
+        are for the layers of the student behind the first."""
+        return inputs._replace(
+            queries=self._adapt("queries", inputs.queries),
+            positions=self._adapt("positions", inputs.positions),
+            reference=inputs.reference.detach(),
+        )
+
+    def _adapt(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return self.training_only[name](x) if name in self.training_only else x
+
+
+def check_teacher(teacher: Teacher, student: CrossKDDeformableDETR) -> None:
+    """
+    Raises:
+        ValueError: names the first thing in which they differ.
+    """
+    model = teacher.model
+    _raise_if_different(
+        {
+            "meta-architecture": (type(model).__name__, student.plain_class().__name__),
+            "number of classes": (getattr(model, "num_classes", None), student.num_classes),
+        }
+    )
+    detectors = (model, student)
+    shapes = [[x.backbone.output_shape()[name] for name in x.in_features] for x in detectors]
+    found = {
+        "strides of the features": [[shape.stride for shape in levels] for levels in shapes],
+        "divisor of image sizes": [x.backbone.size_divisibility for x in detectors],
+        "number of feature levels": [x.transformer.num_levels for x in detectors],
+    }
+    if student.queries == "student":
+        found["number of decoder layers"] = [x.transformer.num_stages for x in detectors]
+    _raise_if_different(found)
+
+
+def _check_other_keys(crosskd: CfgNode) -> None:
+    default = get_cfg()
+    add_crosskd_config(default)
+    for key, value in default.MODEL.CROSSKD.items():
+        if key not in KEYS and crosskd[key] != value:
+            raise ValueError(
+                f"MODEL.CROSSKD.{key} is {crosskd[key]!r}, but means nothing for Deformable DETR: "
+                f"leave it at {value!r}"
+            )
