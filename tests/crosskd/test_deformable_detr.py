@@ -6,13 +6,16 @@ import os
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.engine import launch
 from detectron2.modeling import build_model
+from detectron2.utils import comm
 from detectron2.utils.analysis import find_unused_parameters
 from detectron2.utils.events import EventStorage
 
 import train_net
 from crosskd import CrossKDTrainer
 from plaindet import add_plaindet_config
+from plaindet.data import register_coco_format
 from plaindet.modeling import Teacher
 from plaindet.modeling.deformable_transformer import Predictions
 
@@ -239,6 +242,23 @@ def test_losses_fall(make_trainer):
         history.append({name: sum(losses[name + suffix] for suffix in SUFFIXES) for name in KD})
     for name in KD:
         assert history[-1][name] < 0.9 * history[0][name]
+
+
+def train_distributed(cfg):
+    torch.set_num_threads(1)
+    register_coco_format(cfg.DATASETS.COCO_FORMAT)
+    trainer = CrossKDTrainer(cfg)
+    trainer.train()
+    for parameter in trainer.plain_model.parameters():
+        # The same on both, although they trained on different images.
+        assert torch.equal(*comm.all_gather(parameter.detach()))
+
+
+def test_two_processes(make_trainer):
+    """DistributedDataParallel with Detectron2's settings."""
+    cfg = make_trainer("DATASETS.TEST", "()").cfg
+    launch(train_distributed, num_gpus_per_machine=2, dist_url="auto", args=(cfg,))
+    assert os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "model_final.pth"))
 
 
 @queries
