@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from detectron2.config import CfgNode, configurable, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -13,6 +15,9 @@ from plaindet.modeling import DeformableDETR, Teacher, TrainingOnlyModules
 from .config import add_crosskd_config
 from .detector import _check_option, _raise_if_different
 from .losses import box_loss, quality_focal_loss
+
+if TYPE_CHECKING:
+    from plaindet.modeling.deformable_transformer import Memory, Predictions, StageInputs
 
 # The keys of MODEL.CROSSKD that mean something here.
 KEYS = ("TEACHER", "QUERIES", "CLS_LOSS", "CLS_GAMMA", "CLS_WEIGHT", "BOX_WEIGHT")
@@ -128,18 +133,20 @@ class CrossKDDeformableDETR(TrainingOnlyModules, DeformableDETR):
         losses.update(self.distillation_losses(cross_head, expected, self.num_boxes(targets)))
         return losses
 
-    def predictions_of_teacher(self, stages: list, memory) -> list:
-        """The `Predictions` of each decoder layer of the teacher from a memory.
+    def predictions_of_teacher(
+        self, stages: list[StageInputs], memory: Memory
+    ) -> list[Predictions]:
+        """The predictions of each decoder layer of the teacher.
 
         Args:
-            stages: `StageInputs` of each layer.
-            memory: a `Memory` of the teacher's width.
+            stages: the inputs of each layer.
+            memory: what the layers read, of the teacher's width.
         """
         transformer = self.teacher.model.transformer
         return [transformer.run_stage(i, inputs, memory)[1] for i, inputs in enumerate(stages)]
 
     def distillation_losses(
-        self, predictions: list, expected: list, num_boxes: torch.Tensor
+        self, predictions: list[Predictions], expected: list[Predictions], num_boxes: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """D_pred between the predictions of each layer and their constant target. The box losses of
         a query are weighted by the confidence of its target, the highest class probability; all
@@ -166,10 +173,10 @@ class CrossKDDeformableDETR(TrainingOnlyModules, DeformableDETR):
                 losses[name + suffix] = weight * loss.sum() / num_boxes
         return losses
 
-    def _adapt_memory(self, memory):
+    def _adapt_memory(self, memory: Memory) -> Memory:
         return memory._replace(features=self._adapt("memory", memory.features))
 
-    def _adapt_queries(self, inputs):
+    def _adapt_queries(self, inputs: StageInputs) -> StageInputs:
         """The student's inputs of a layer for the teacher's. The references are as constant as they
         are for the layers of the student behind the first."""
         return inputs._replace(

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
@@ -14,6 +16,15 @@ from torchvision.ops import box_convert
 
 from .normalizer import mean_over_processes
 
+if TYPE_CHECKING:
+    from .deformable_transformer import (
+        Decoded,
+        DeformableTransformer,
+        Memory,
+        Predictions,
+        SetCriterion,
+    )
+
 
 @META_ARCH_REGISTRY.register()
 class DeformableDETR(nn.Module):
@@ -24,8 +35,8 @@ class DeformableDETR(nn.Module):
         self,
         *,
         backbone: Backbone,
-        transformer: nn.Module,
-        criterion: nn.Module,
+        transformer: DeformableTransformer,
+        criterion: SetCriterion,
         num_classes: int,
         in_features: list[str],
         pixel_mean: tuple[float, ...],
@@ -36,9 +47,7 @@ class DeformableDETR(nn.Module):
         """
         Args:
             backbone: a Detectron2 backbone.
-            transformer: a `DeformableTransformer`.
-            criterion: a `SetCriterion`.
-            num_classes: as in both.
+            num_classes: as in transformer and criterion.
             in_features: the backbone's features that the transformer gets, the finest first.
             pixel_mean, pixel_std: of the images' channels.
             input_format: the channel order of the images, "BGR" or "RGB".
@@ -134,8 +143,8 @@ class DeformableDETR(nn.Module):
             padding_constraints=self.backbone.padding_constraints,
         )
 
-    def encode(self, features: dict[str, torch.Tensor], images: ImageList):
-        """The encoder's output, a `Memory`, from the backbone's features of some images."""
+    def encode(self, features: dict[str, torch.Tensor], images: ImageList) -> Memory:
+        """The encoder's output from the backbone's features of some images."""
         mask = pixel_mask(images.image_sizes, images.tensor.shape[-2:], self.device)
         return self.transformer.encode([features[name] for name in self.in_features], mask)
 
@@ -151,10 +160,11 @@ class DeformableDETR(nn.Module):
             targets.append({"class_labels": instances.gt_classes, "boxes": boxes})
         return targets
 
-    def losses(self, decoded, targets: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def losses(
+        self, decoded: Decoded, targets: list[dict[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
         """
         Args:
-            decoded: the decoder's `Decoded`.
             targets: from :meth:`targets`.
 
         Returns:
@@ -184,11 +194,13 @@ class DeformableDETR(nn.Module):
         count = torch.tensor(float(count), device=self.device)
         return mean_over_processes(count).clamp(min=1)
 
-    def inference(self, predictions, image_sizes: list[tuple[int, int]]) -> list[Instances]:
+    def inference(
+        self, predictions: Predictions, image_sizes: list[tuple[int, int]]
+    ) -> list[Instances]:
         """The best (query, class) pairs of each image, boxes in pixels of the network's input.
 
         Args:
-            predictions: the last decoder layer's `Predictions`.
+            predictions: of the last decoder layer.
             image_sizes: (height, width) without padding.
         """
         results = []
