@@ -169,8 +169,8 @@ def test_cross_head_predictions(make_trainer, position, monkeypatch):
                 ).relu()
             x = run_by_hand(teacher, x, regions, max(position, 1), 3)
             logits, deltas = teacher.box_predictor.cls_score(x), teacher.box_predictor.bbox_pred(x)
-            torch.testing.assert_close(actual.logits, logits, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(actual.deltas, deltas, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(actual.logits, logits, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(actual.deltas, deltas, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("cls_loss", ["kl", "qfl"])

@@ -10,10 +10,10 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 from torchvision.ops import box_convert
 
-from plaindet.modeling import DeformableDETR, Teacher, TrainingOnlyModules
+from plaindet.modeling import DeformableDETR, Teacher
 
 from .config import add_crosskd_config
-from .detector import _check_option, _raise_if_different
+from .distiller import CrossKDDistiller, check_equal, check_option
 from .losses import box_loss, quality_focal_loss
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ KEYS = ("TEACHER", "QUERIES", "CLS_LOSS", "CLS_GAMMA", "CLS_WEIGHT", "BOX_WEIGHT
 
 
 @META_ARCH_REGISTRY.register()
-class CrossKDDeformableDETR(TrainingOnlyModules, DeformableDETR):
+class CrossKDDeformableDETR(CrossKDDistiller, DeformableDETR):
     """Deformable DETR trained with CrossKD (supplement, Table 3).
 
     Each decoder layer of the teacher reads the student's memory (the encoder's output), with the
@@ -32,9 +32,6 @@ class CrossKDDeformableDETR(TrainingOnlyModules, DeformableDETR):
     memory, the cross-head predictions, imitate those from the teacher's, which correspond to them
     one to one. The queries and references are the teacher's, so that the student's decoder learns
     from the ground truth alone, or optionally the student's.
-
-    In inference, and in its state dict, it is the plain meta-architecture. The teacher is in
-    neither, nor among the parameters; it comes by :meth:`set_teacher`.
     """
 
     @configurable
@@ -59,19 +56,17 @@ class CrossKDDeformableDETR(TrainingOnlyModules, DeformableDETR):
             ValueError: an option has an unknown value.
         """
         super().__init__(**detector)
-        _check_option("QUERIES", queries, ("teacher", "student"))
+        check_option("CROSSKD.QUERIES", queries, ("teacher", "student"))
         self.queries = queries
         self.cls_gamma = cls_gamma
         self.cls_weight = cls_weight
         self.box_weight = box_weight
-        self.training_only = nn.ModuleDict()
-        self._teacher = None
 
     @classmethod
     def from_config(cls, cfg):
         crosskd = cfg.MODEL.CROSSKD
         _check_other_keys(crosskd)
-        _check_option("CLS_LOSS", crosskd.CLS_LOSS, ("qfl", "bce"))
+        check_option("CROSSKD.CLS_LOSS", crosskd.CLS_LOSS, ("qfl", "bce"))
         return {
             **super().from_config(cfg),
             "queries": crosskd.QUERIES,
@@ -80,20 +75,14 @@ class CrossKDDeformableDETR(TrainingOnlyModules, DeformableDETR):
             "box_weight": crosskd.BOX_WEIGHT,
         }
 
-    @property
-    def teacher(self) -> Teacher | None:
-        """The teacher, if it has been set."""
-        return self._teacher
-
     def set_teacher(self, teacher: Teacher) -> None:
         """Takes a trained detector as the teacher. Where its transformer has another width, learned
         linear projections adapt what goes into it; so this comes before an optimizer is built.
 
         Raises:
-            ValueError: its meta-architecture, classes or levels are not the student's.
+            ValueError: it does not fit, see :meth:`check_teacher`.
         """
-        check_teacher(teacher, self)
-        self._teacher = teacher
+        super().set_teacher(teacher)
         source, target = self.transformer.hidden_dim, teacher.model.transformer.hidden_dim
         if source != target:
             adapted = (
@@ -102,17 +91,35 @@ class CrossKDDeformableDETR(TrainingOnlyModules, DeformableDETR):
             for name in adapted:
                 self.training_only[name] = nn.Linear(source, target).to(self.device)
 
-    def forward(self, batched_inputs: list[dict]):
-        """As the plain detector. In training the losses are the plain detector's and for each
-        decoder layer of the teacher, with suffixes as the plain ones,
+    def check_teacher(self, teacher: Teacher) -> None:
+        """
+        Raises:
+            ValueError: its meta-architecture, classes or levels are not the student's.
+        """
+        super().check_teacher(teacher)
+        both = (teacher.model, self)
+        shapes = [[x.backbone.output_shape()[name] for name in x.in_features] for x in both]
+        check_equal(
+            {
+                "number of classes": [x.num_classes for x in both],
+                "strides of the features": [
+                    [shape.stride for shape in levels] for levels in shapes
+                ],
+                "divisor of image sizes": [x.backbone.size_divisibility for x in both],
+                "number of feature levels": [x.transformer.num_levels for x in both],
+            }
+        )
+        if self.queries == "student":
+            stages = [x.transformer.num_stages for x in both]
+            check_equal({"number of decoder layers": stages})
+
+    def training_losses(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
+        """The losses of an iteration: the plain detector's, and for each decoder layer of the
+        teacher, with suffixes as the plain ones,
 
         * `loss_kd_cls`: D_pred of the classes
         * `loss_kd_box` (L1) and `loss_kd_giou`: D_pred of the boxes
         """
-        if not self.training:
-            return super().forward(batched_inputs)
-        if self.teacher is None:
-            raise RuntimeError(f"{type(self).__name__} trains with a teacher: call set_teacher")
         images = self.preprocess_image(batched_inputs)
         memory = self.encode(self.backbone(images.tensor), images)
         decoded = self.transformer.decode(memory)
@@ -187,30 +194,6 @@ class CrossKDDeformableDETR(TrainingOnlyModules, DeformableDETR):
 
     def _adapt(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return self.training_only[name](x) if name in self.training_only else x
-
-
-def check_teacher(teacher: Teacher, student: CrossKDDeformableDETR) -> None:
-    """
-    Raises:
-        ValueError: names the first thing in which they differ.
-    """
-    model = teacher.model
-    _raise_if_different(
-        {
-            "meta-architecture": (type(model).__name__, student.plain_class().__name__),
-            "number of classes": (getattr(model, "num_classes", None), student.num_classes),
-        }
-    )
-    detectors = (model, student)
-    shapes = [[x.backbone.output_shape()[name] for name in x.in_features] for x in detectors]
-    found = {
-        "strides of the features": [[shape.stride for shape in levels] for levels in shapes],
-        "divisor of image sizes": [x.backbone.size_divisibility for x in detectors],
-        "number of feature levels": [x.transformer.num_levels for x in detectors],
-    }
-    if student.queries == "student":
-        found["number of decoder layers"] = [x.transformer.num_stages for x in detectors]
-    _raise_if_different(found)
 
 
 def _check_other_keys(crosskd: CfgNode) -> None:
