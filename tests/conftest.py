@@ -5,8 +5,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling import build_model
 
 import train_net
+from labelenc.step1_file import save_step1_file
 from plaindet import read_config
 from plaindet.data import find_coco_folder, register_coco_format
 
@@ -49,6 +51,32 @@ def make_cfg(tmp_path, read_cfg, tiny_data):
         cfg.OUTPUT_DIR = str(tmp_path / "output")
         cfg.merge_from_list(list(overrides))
         Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True)
+        return cfg
+
+    return make
+
+
+@pytest.fixture
+def make_method_cfg(make_cfg, tmp_path):
+    """Returns a function that makes the config of a tiny run of a method with a detector, with the
+    step-1 file or the teacher that it needs (of random weights)."""
+
+    def make(method, detector, *overrides):
+        cfg = make_cfg(f"quick/{detector}_R_18_{method}.yaml", "SOLVER.MAX_ITER", "4")
+        if method == "labelenc_step2":
+            path = tmp_path / f"{detector}_label_encoder.pth"
+            step1 = make_cfg(f"quick/{detector}_R_18_labelenc_step1.yaml")
+            save_step1_file(build_model(step1), str(path))
+            cfg.MODEL.LABELENC.STEP1_FILE = str(path)
+        if method == "crosskd":
+            path = tmp_path / f"{detector}_teacher.pth"
+            teacher = build_model(make_cfg(f"quick/{detector}_R_34_teacher.yaml"))
+            torch.save({"model": teacher.state_dict()}, path)
+            num_classes = f"MODEL.{detector.upper()}.NUM_CLASSES"
+            cfg.MODEL.CROSSKD.TEACHER.WEIGHTS = str(path)
+            cfg.MODEL.CROSSKD.TEACHER.OPTS = [num_classes, len(CLASSES)]
+        cfg.MODEL.LABELENC.WARMUP_ITERS = cfg.MODEL.LABELENC.CUTOFF_ITERS = 2
+        cfg.merge_from_list(list(overrides))
         return cfg
 
     return make

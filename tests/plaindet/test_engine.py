@@ -48,12 +48,12 @@ def test_other_classes_in_validation(make_cfg):
 
 def test_trains_like_detectron2(make_cfg):
     """The same losses as DefaultTrainer from the same seed."""
-    losses = []
+    losses, batch = [], None
     for trainer_class in (DefaultTrainer, PlainTrainer):
         seed_all_rng(0)
         cfg = make_cfg(CONFIG, "SOLVER.MAX_ITER", "2", "INPUT.RANDOM_FLIP", "none")
         trainer = trainer_class(cfg)
-        batch = [next(iter(trainer.data_loader))[0]] * 2
+        batch = batch or [next(iter(trainer.data_loader))[0]] * 2
         trainer._trainer._data_loader_iter_obj = iter([batch, batch])
         trainer.test = lambda *_: {}
         trainer.train()

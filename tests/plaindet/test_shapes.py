@@ -70,9 +70,9 @@ def _digest(data):
 
 
 def test_drawing_does_not_touch_the_global_random_state():
-    before = np.random.get_state()[1:3]  # noqa: NPY002
+    before = np.random.get_state()[1:3]
     shapes.draw_shapes("val", 0)
-    after = np.random.get_state()[1:3]  # noqa: NPY002
+    after = np.random.get_state()[1:3]
     assert np.array_equal(before[0], after[0])
     assert before[1] == after[1]
 

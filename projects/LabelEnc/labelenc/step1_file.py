@@ -20,6 +20,8 @@ import torch
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from plaindet.files import write_atomically
+
 from .detector import LabelEncDetector
 
 FILE_NAME = "label_encoder.pth"
@@ -62,9 +64,7 @@ def write_step1_file(
         "label_encoder": label_encoder,
         "head": head,
     }
-    unfinished = path + ".unfinished"
-    torch.save(data, unfinished)
-    os.replace(unfinished, path)
+    write_atomically(path, lambda f: torch.save(data, f))
 
 
 def inherit_step1_file(model: LabelEncDetector, path: str, with_detector: bool = True) -> None:

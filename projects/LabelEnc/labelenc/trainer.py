@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 
 from plaindet.data import PlainDatasetMapper
-from plaindet.engine import PlainTrainer, check_teacher_classes
+from plaindet.engine import PlainCheckpointer, PlainTrainer, check_teacher_classes
 from plaindet.modeling import build_teacher
 
 from .dataset_mapper import LabelMapDatasetMapper
@@ -65,8 +64,8 @@ class LabelEncTrainer(PlainTrainer):
         return LabelMapDatasetMapper(cfg, is_train=True)
 
     @classmethod
-    def build_checkpointer(cls, cfg: CfgNode, model: LabelEncDetector) -> DetectionCheckpointer:
-        checkpointer = Step1Checkpointer if model.step == 1 else DetectionCheckpointer
+    def build_checkpointer(cls, cfg: CfgNode, model: LabelEncDetector) -> PlainCheckpointer:
+        checkpointer = Step1Checkpointer if model.step == 1 else PlainCheckpointer
         return checkpointer(model, cfg.OUTPUT_DIR)
 
     def build_hooks(self) -> list[HookBase]:
@@ -95,7 +94,7 @@ class LabelEncTrainer(PlainTrainer):
             inherit_teacher(model, labelenc.TEACHER.CONFIG_FILE)
 
 
-class Step1Checkpointer(DetectionCheckpointer):
+class Step1Checkpointer(PlainCheckpointer):
     """Writes the step-1 file with every checkpoint, so that an interrupted step 1 is of use."""
 
     def save(self, name: str, **kwargs) -> None:

@@ -1,4 +1,7 @@
+from .best import BestCheckpointer
+from .checkpointer import PlainCheckpointer
 from .checks import check_num_classes, check_teacher_classes
 from .optimizer import build_optimizer
 from .plain_config import write_plain_config
+from .resume import ExactResume
 from .trainer import PlainTrainer, build_evaluator

@@ -7,10 +7,16 @@ import os
 import weakref
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_train_loader
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model
+from detectron2.data import MetadataCatalog
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    HookBase,
+    SimpleTrainer,
+    create_ddp_model,
+    hooks,
+)
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -21,12 +27,14 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from plaindet.data import PlainDatasetMapper
+from plaindet.data import PlainDatasetMapper, TrainStream, build_train_stream
 from plaindet.modeling import TrainingOnlyModules
 
+from .checkpointer import PlainCheckpointer
 from .checks import check_num_classes
 from .optimizer import build_optimizer
 from .plain_config import write_plain_config
+from .resume import ExactResume
 
 
 class PlainTrainer(DefaultTrainer):
@@ -34,6 +42,7 @@ class PlainTrainer(DefaultTrainer):
 
     * checks the data sets' classes against the detector's before it trains,
     * trains on several CPU processes as well as on several GPUs,
+    * resumes exactly, from checkpoints that are whole whenever the run is killed,
     * saves the modules that exist for training only in a checkpoint entry of their own,
     * writes the config of the plain detector, `plain_config.yaml`, for Detectron2 alone.
     """
@@ -45,6 +54,8 @@ class PlainTrainer(DefaultTrainer):
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        if cfg.SEED < 0:
+            cfg = _with_seed(cfg, comm.shared_random_seed())
 
         model = self.build_model(cfg)
         check_num_classes(cfg, model)
@@ -76,9 +87,38 @@ class PlainTrainer(DefaultTrainer):
         """The model without its DistributedDataParallel wrapper."""
         return self.checkpointer.model
 
+    def build_hooks(self) -> list[HookBase]:
+        resume = ExactResume(self.plain_model, self.cfg.SOLVER.CHECKPOINT_PERIOD)
+        return [resume, *super().build_hooks()]
+
+    def train(self):
+        """As DefaultTrainer's."""
+        # TorchScript profiles its functions (fvcore's losses) in their first calls, and its
+        # optimised form gives other last bits. On the CPU, where runs are repeatable bit for bit,
+        # a fresh process has to compute what one in the middle of a run computes.
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        with torch.jit.optimized_execution(not on_cpu):
+            return super().train()
+
+    def before_train(self):
+        super().before_train()
+        # A checkpoint is written before the evaluation of its iteration, which may have been cut
+        # off. At the end, `after_train` evaluates anyway.
+        period, iteration = self.cfg.TEST.EVAL_PERIOD, self.start_iter
+        if period > 0 and iteration % period == 0 and 0 < iteration < self.max_iter:
+            self.iter = self.storage.iter = iteration - 1
+            for hook in self._hooks:
+                if isinstance(hook, (hooks.EvalHook, hooks.BestCheckpointer)):
+                    hook.after_step()
+
+    def set_seed(self, seed: int) -> None:
+        """Everything random in the run follows `seed` from here on."""
+        self.cfg = _with_seed(self.cfg, seed)
+        self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg, self.mapper))
+
     @classmethod
-    def build_checkpointer(cls, cfg: CfgNode, model: nn.Module) -> DetectionCheckpointer:
-        return DetectionCheckpointer(model, cfg.OUTPUT_DIR)
+    def build_checkpointer(cls, cfg: CfgNode, model: nn.Module) -> PlainCheckpointer:
+        return PlainCheckpointer(model, cfg.OUTPUT_DIR)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -89,14 +129,22 @@ class PlainTrainer(DefaultTrainer):
         return PlainDatasetMapper(cfg, is_train=True)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode, mapper=None):
-        """As DefaultTrainer's, with the mapper of :meth:`build_train_mapper` by default."""
-        mapper = cls.build_train_mapper(cfg) if mapper is None else mapper
-        return build_detection_train_loader(cfg, mapper=mapper)
+    def build_train_loader(cls, cfg: CfgNode, mapper=None) -> TrainStream:
+        """The images of DefaultTrainer's, as a stream that can start anywhere, with the mapper of
+        :meth:`build_train_mapper` by default."""
+        return build_train_stream(cfg, mapper or cls.build_train_mapper(cfg))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         return build_evaluator(cfg, dataset_name)
+
+
+def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SEED = seed
+    cfg.freeze()
+    return cfg
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

@@ -1,0 +1,91 @@
+"""Checkpoints that are whole or not there, of tensors and numbers alone."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import re
+import zipfile
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
+
+from plaindet.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+
+class PlainCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, which also
+
+    * replaces files at once, so that a kill in the middle leaves the one before,
+    * resumes from the checkpoint before if the newest one is damaged, and never from the best.
+    """
+
+    def save(self, name: str, **kwargs) -> None:
+        """As Detectron2's."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        states = {key: value.state_dict() for key, value in self.checkpointables.items()}
+        data = {"model": self.model.state_dict(), **states, **kwargs}
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        logger.info(f"Saving checkpoint to {path}")
+        write_atomically(path, lambda f: torch.save(data, f))
+        self.tag_last_checkpoint(os.path.basename(path))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        if re.fullmatch(r"model_(\d+|final)\.pth", last_filename_basename):
+            path = os.path.join(self.save_dir, "last_checkpoint")
+            write_atomically(path, lambda f: f.write(last_filename_basename.encode()))
+
+    def get_checkpoint_file(self) -> str:
+        """The newest checkpoint that is whole; the same in all processes.
+
+        Raises:
+            ValueError: all are damaged.
+        """
+        # Only one process decides, so that all of them continue from the same iteration.
+        path = self._newest_whole_checkpoint() if comm.is_main_process() else None
+        return comm.all_gather(path)[0]
+
+    def _newest_whole_checkpoint(self) -> str:
+        tagged = super().get_checkpoint_file()
+        damages = {}
+        for path in (tagged, *self._older_checkpoints(tagged)):
+            damage = find_damage(path)
+            if damage is None:
+                for name, reason in damages.items():
+                    logger.warning(f"{name} is damaged ({reason}): resuming from {path} instead")
+                return path
+            damages[path] = damage
+        raise ValueError(f"No checkpoint in {self.save_dir} is whole: {damages}")
+
+    def _older_checkpoints(self, tagged: str) -> list[str]:
+        """The periodic checkpoints of earlier iterations, newest first."""
+        newest = _iteration(tagged)
+        files = glob.glob(os.path.join(glob.escape(self.save_dir), "model_*.pth"))
+        iterations = {path: _iteration(path) for path in files if path != tagged}
+        older = [
+            path
+            for path, iteration in iterations.items()
+            if iteration is not None and (newest is None or iteration < newest)
+        ]
+        return sorted(older, key=iterations.get, reverse=True)
+
+
+def _iteration(path: str) -> int | None:
+    match = re.fullmatch(r"model_(\d+)\.pth", os.path.basename(path))
+    return int(match.group(1)) if match else None
+
+
+def find_damage(path: str) -> str | None:
+    """What is wrong with a file that `torch.save` wrote: missing, cut off or with other bytes. None
+    if it is whole. Reads the whole file."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            member = file.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        return str(error)
+    return None if member is None else f"wrong checksum of {member}"
