@@ -2,7 +2,12 @@
 """Trains and evaluates a detector from a config: plain, with LabelEnc, or with CrossKD.
 
 python train_net.py --config-file configs/... [--num-gpus N] [--resume] [KEY VALUE ...]
+
+Exit codes: 0, done; 75, preempted by SIGTERM or SIGUSR1 with a checkpoint, go on with --resume;
+1, an error; 2, wrong options.
 """
+
+from contextlib import nullcontext
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
@@ -14,7 +19,7 @@ from detectron2.utils import comm
 from crosskd import CrossKDDistiller, CrossKDTrainer, add_crosskd_config
 from labelenc import LabelEncDetector, LabelEncTrainer, add_labelenc_config
 from plaindet import read_config
-from plaindet.engine import PlainTrainer, check_num_classes
+from plaindet.engine import PlainTrainer, check_num_classes, preemptible_processes
 
 # The keys of the methods.
 ADD_CONFIGS = (add_labelenc_config, add_crosskd_config)
@@ -58,11 +63,13 @@ def main(args):
 
 if __name__ == "__main__":
     args = default_argument_parser().parse_args()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    several_processes = args.num_gpus * args.num_machines > 1
+    with preemptible_processes() if several_processes else nullcontext():
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )

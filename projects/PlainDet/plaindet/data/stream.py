@@ -18,6 +18,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from plaindet.seeding import seeded
+from plaindet.signals import ignore_preemption
 
 Sample = tuple[int, int]  # position in the stream of all processes, index in the data set
 
@@ -63,6 +64,7 @@ class TrainStream:
             batch_sampler=itertools.islice(self._batches(), self.start, None),
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
+            worker_init_fn=ignore_preemption,
             # Of its own: the loader draws from it, and must not from the training's.
             generator=torch.Generator(),
         )

@@ -4,7 +4,7 @@ from detectron2.engine import hooks
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
-    """Detectron2's hook, which keeps `model_best.pth`. A resumed run still knows the best metric, if
+    """Detectron2's hook, which keeps `model_best.pth`. A resumed run knows the best metric, if
     the hook is registered before `resume_or_load`."""
 
     def state_dict(self):

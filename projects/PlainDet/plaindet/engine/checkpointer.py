@@ -13,6 +13,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
 from plaindet.files import write_atomically
+from plaindet.messages import some_of
 
 logger = logging.getLogger(__name__)
 
@@ -21,15 +22,22 @@ class PlainCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, which also
 
     * replaces files at once, so that a kill in the middle leaves the one before,
+    * writes no weights that are infinite or NaN,
     * resumes from the checkpoint before if the newest one is damaged, and never from the best.
     """
 
     def save(self, name: str, **kwargs) -> None:
-        """As Detectron2's."""
+        """As Detectron2's.
+
+        Raises:
+            FloatingPointError: a weight is infinite or NaN; nothing is written.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
         states = {key: value.state_dict() for key, value in self.checkpointables.items()}
         data = {"model": self.model.state_dict(), **states, **kwargs}
+        for key in ("model", "training_only"):
+            _check_finite(data.get(key, {}), name)
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info(f"Saving checkpoint to {path}")
         write_atomically(path, lambda f: torch.save(data, f))
@@ -73,6 +81,15 @@ class PlainCheckpointer(DetectionCheckpointer):
             if iteration is not None and (newest is None or iteration < newest)
         ]
         return sorted(older, key=iterations.get, reverse=True)
+
+
+def _check_finite(state: dict[str, torch.Tensor], name: str) -> None:
+    bad = [key for key, value in state.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise FloatingPointError(
+            f"The checkpoint {name} is not written, since it has infinite or NaN weights: "
+            f"{some_of(bad)}"
+        )
 
 
 def _iteration(path: str) -> int | None:

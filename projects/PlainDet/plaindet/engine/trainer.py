@@ -26,14 +26,18 @@ from detectron2.evaluation import (
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
+from torch.utils.data import DataLoader
 
 from plaindet.data import PlainDatasetMapper, TrainStream, build_train_stream
 from plaindet.modeling import TrainingOnlyModules
+from plaindet.signals import ignore_preemption
 
 from .checkpointer import PlainCheckpointer
 from .checks import check_num_classes
+from .finite import FiniteLosses
 from .optimizer import build_optimizer
 from .plain_config import write_plain_config
+from .preemption import Preemption
 from .resume import ExactResume
 
 
@@ -43,6 +47,8 @@ class PlainTrainer(DefaultTrainer):
     * checks the data sets' classes against the detector's before it trains,
     * trains on several CPU processes as well as on several GPUs,
     * resumes exactly, from checkpoints that are whole whenever the run is killed,
+    * leaves with a checkpoint and the exit code `PREEMPTED` on SIGTERM and SIGUSR1,
+    * stops before a loss that is infinite or NaN reaches the weights,
     * saves the modules that exist for training only in a checkpoint entry of their own,
     * writes the config of the plain detector, `plain_config.yaml`, for Detectron2 alone.
     """
@@ -81,6 +87,8 @@ class PlainTrainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+        # Only the inner trainer calls after_backward.
+        self._trainer.register_hooks([FiniteLosses(self.model, cfg.OUTPUT_DIR)])
 
     @property
     def plain_model(self) -> nn.Module:
@@ -88,8 +96,14 @@ class PlainTrainer(DefaultTrainer):
         return self.checkpointer.model
 
     def build_hooks(self) -> list[HookBase]:
-        resume = ExactResume(self.plain_model, self.cfg.SOLVER.CHECKPOINT_PERIOD)
-        return [resume, *super().build_hooks()]
+        self._exact_resume = ExactResume(self.plain_model, self.cfg.SOLVER.CHECKPOINT_PERIOD)
+        return [self._exact_resume, *super().build_hooks(), Preemption()]
+
+    def save_checkpoint(self) -> None:
+        """Writes a checkpoint of this iteration; call it in all processes."""
+        self._exact_resume.collect()
+        self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+        comm.synchronize()
 
     def train(self):
         """As DefaultTrainer's."""
@@ -133,6 +147,13 @@ class PlainTrainer(DefaultTrainer):
         """The images of DefaultTrainer's, as a stream that can start anywhere, with the mapper of
         :meth:`build_train_mapper` by default."""
         return build_train_stream(cfg, mapper or cls.build_train_mapper(cfg))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
+        """As DefaultTrainer's."""
+        loader = super().build_test_loader(cfg, dataset_name)
+        loader.worker_init_fn = ignore_preemption
+        return loader
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

@@ -1,0 +1,101 @@
+"""Leaving in an orderly way when the machine is wanted back."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException
+
+from plaindet.signals import PREEMPTION_SIGNALS
+
+from .processes import Flag
+
+# "Temporary failure, try again" (EX_TEMPFAIL of sysexits.h): start the same command with --resume.
+PREEMPTED = 75
+
+logger = logging.getLogger(__name__)
+
+
+class Preemption(HookBase):
+    """On SIGTERM or SIGUSR1 in any process of a run: all of them finish the iteration (of several
+    processes: the next one), write a checkpoint and exit with the code `PREEMPTED`.
+
+    The last iteration and the evaluation after it are not interrupted. Handlers that were there
+    before are called, too. For PlainTrainer, whose `save_checkpoint` it uses.
+    """
+
+    def __init__(self):
+        self._requested = False
+        self._flag = None
+        self._earlier_handlers = {}
+
+    def before_train(self):
+        # Python allows it in the main thread alone.
+        if threading.current_thread() is threading.main_thread():
+            self._process_id = os.getpid()
+            for number in PREEMPTION_SIGNALS:
+                self._earlier_handlers[number] = signal.signal(number, self._handle)
+
+    def after_train(self):
+        for number, handler in self._earlier_handlers.items():
+            # None: it was not set from Python.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._earlier_handlers = {}
+
+    def _handle(self, number: int, frame) -> None:
+        if os.getpid() != self._process_id:  # a forked process
+            return
+        self._requested = True
+        earlier = self._earlier_handlers[number]
+        if callable(earlier):
+            earlier(number, frame)
+
+    def after_step(self):
+        # The processes agree while they compute the next iteration, so that none of them waits.
+        previous, self._flag = self._flag, None
+        if self._leave(previous):
+            logger.info(f"Preempted in iteration {self.trainer.iter}")
+            self.trainer.save_checkpoint()
+            raise SystemExit(PREEMPTED)
+
+    def _leave(self, previous: Flag | None) -> bool:
+        if self.trainer.iter + 1 >= self.trainer.max_iter:
+            return False
+        if comm.get_world_size() == 1:
+            return self._requested
+        if previous is not None and previous.is_up():
+            return True
+        self._flag = Flag(self._requested)
+        return False
+
+
+@contextmanager
+def preemptible_processes() -> Iterator[None]:
+    """Around a `launch` of Detectron2 that starts processes: passes the signals on to them, and
+    exits with their code `PREEMPTED`."""
+
+    def forward(number, frame):
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, number)
+        if callable(earlier[number]):
+            earlier[number](number, frame)
+
+    earlier = {number: signal.signal(number, forward) for number in PREEMPTION_SIGNALS}
+    try:
+        yield
+    except ProcessExitedException as error:
+        if error.exit_code != PREEMPTED:
+            raise
+        sys.exit(PREEMPTED)
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

@@ -1,0 +1,63 @@
+"""What two processes agree on."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.engine import HookBase, launch
+from detectron2.utils import comm
+
+from plaindet.data import register_coco_format
+from plaindet.engine import PREEMPTED, PlainTrainer, preemptible_processes
+
+CONFIG = "quick/retinanet_R_18_baseline.yaml"
+
+
+def make_trainer(cfg):
+    torch.set_num_threads(1)
+    register_coco_format(cfg.DATASETS.COCO_FORMAT)
+    return PlainTrainer(cfg)
+
+
+def stop_at_a_loss(cfg):
+    """A loss of the second process is infinite in iteration 1."""
+    trainer = make_trainer(cfg)
+
+    def poison(_, inputs):
+        if trainer.iter == comm.get_rank() == 1:
+            inputs[0][0]["image"] = inputs[0][0]["image"].float() + float("inf")
+
+    trainer.model.register_forward_pre_hook(poison)
+    messages = ["A loss of another process is infinite or NaN in iteration 1", "A loss is infinite"]
+    with pytest.raises(FloatingPointError, match=messages[comm.get_rank()]):
+        trainer.train()
+    assert all(torch.isfinite(p).all() for p in trainer.plain_model.parameters())
+
+
+class SignalToTheLauncher(HookBase):
+    def before_step(self):
+        if self.trainer.iter == comm.get_rank() == 1:
+            os.kill(os.getppid(), signal.SIGUSR1)
+
+
+def train_until_preempted(cfg):
+    stop_at_a_loss(cfg)
+    trainer = make_trainer(cfg)
+    trainer.register_hooks([SignalToTheLauncher()])
+    trainer.train()
+
+
+def test_two_processes(make_cfg):
+    """The launcher passes the signal on; both leave after the same iteration, with its code."""
+    cfg = make_cfg(CONFIG, "SOLVER.MAX_ITER", "30")
+    with pytest.raises(SystemExit) as exit_, preemptible_processes():
+        launch(train_until_preempted, 2, dist_url="auto", args=(cfg,))
+    assert exit_.value.code == PREEMPTED
+    folder = Path(cfg.OUTPUT_DIR)
+    name = (folder / "last_checkpoint").read_text()
+    checkpoint = torch.load(folder / name, weights_only=True)
+    assert 1 <= checkpoint["iteration"] < 29
+    assert len(checkpoint["trainer"]["hooks"]["ExactResume"]["loss_normalizers"]) == 2
+    assert (folder / "nonfinite_0000001_process1.pth").exists()
