@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import glob
 import os
+from functools import partial
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json
 
 Dataset = tuple[str, str, str]  # name, json file, folder of images
 
@@ -36,7 +37,15 @@ def register_coco_format(datasets: list[Dataset]) -> None:
                     f"DATASETS.COCO_FORMAT: the name {name} is taken by another data set {files}"
                 )
             continue
-        register_coco_instances(name, {}, json_file, image_root)
+        DatasetCatalog.register(name, partial(_read, name, json_file, image_root))
+        MetadataCatalog.get(name).set(
+            json_file=json_file, image_root=image_root, evaluator_type="coco"
+        )
+
+
+def _read(name: str, json_file: str, image_root: str) -> list[dict]:
+    # With the annotations' ids, for messages.
+    return load_coco_json(json_file, image_root, name, extra_annotation_keys=["id"])
 
 
 def find_coco_folder(folder: str) -> tuple[Dataset, Dataset]:

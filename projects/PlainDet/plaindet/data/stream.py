@@ -11,6 +11,7 @@ from detectron2.data import (
     DatasetFromList,
     DatasetMapper,
     MapDataset,
+    MetadataCatalog,
     build_detection_train_loader,
 )
 from detectron2.data.build import trivial_batch_collator
@@ -19,6 +20,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from plaindet.seeding import seeded
 from plaindet.signals import ignore_preemption
+
+from .reading import explained_errors
+from .records import check_records
 
 Sample = tuple[int, int]  # position in the stream of all processes, index in the data set
 
@@ -105,18 +109,28 @@ class _SeededDataset(Dataset):
 
 
 def build_train_stream(cfg: CfgNode, mapper: DatasetMapper) -> TrainStream:
-    """The stream of `cfg.DATASETS.TRAIN` with Detectron2's samplers and `cfg.SEED`.
+    """The stream of `cfg.DATASETS.TRAIN` with Detectron2's samplers and `cfg.SEED`. A list of
+    images is checked before.
 
     Raises:
-        ValueError: the batch cannot be shared by the processes, or the data set has no order.
+        ValueError: an image or annotation cannot be used, the batch cannot be shared by the
+            processes, or the data set has no order.
     """
-    with seeded(cfg.SEED):  # from which samplers draw their own seeds
+    # From the seed samplers draw their own.
+    with seeded(cfg.SEED), explained_errors(cfg.DATASETS.TRAIN):
         arguments = build_detection_train_loader.from_config(cfg, mapper=mapper)
     images = arguments["dataset"]
     if isinstance(images, IterableDataset):
         raise ValueError(
             f"DATASETS.TRAIN {cfg.DATASETS.TRAIN} is an iterable data set, in which a run cannot "
             "be continued: expected a list of images or a map-style data set"
+        )
+    if isinstance(images, list):
+        classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
+        check_records(
+            images,
+            num_classes=None if classes is None else len(classes),
+            mask_format=cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else None,
         )
     batch_size, rest = divmod(arguments["total_batch_size"], comm.get_world_size())
     if batch_size == 0 or rest:

@@ -10,6 +10,7 @@ from detectron2.modeling import ROIHeads
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from torch import nn
 
+from plaindet.data import explained_errors
 from plaindet.messages import some_of
 from plaindet.modeling import ATSS, FCOS, GFL, DeformableDETR, Teacher
 
@@ -81,5 +82,6 @@ def thing_classes(dataset_name: str) -> list[str]:
     """The class names of a registered data set, in the order of their training ids."""
     metadata = MetadataCatalog.get(dataset_name)
     if metadata.get("thing_classes") is None:
-        DatasetCatalog.get(dataset_name)  # COCO-format sets know their classes once they are read
+        with explained_errors([dataset_name]):
+            DatasetCatalog.get(dataset_name)  # COCO-format sets know their classes once read
     return list(metadata.thing_classes)

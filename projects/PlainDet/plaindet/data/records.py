@@ -1,0 +1,151 @@
+"""Checks of the annotations that a run trains on, before it starts."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from numbers import Integral
+
+import numpy as np
+from detectron2.structures import BoxMode
+
+from plaindet.messages import some_of
+
+logger = logging.getLogger(__name__)
+
+
+def check_records(
+    records: list[dict], num_classes: int | None = None, mask_format: str | None = None
+) -> None:
+    """Checks the images and annotations of a data set; COCO's take seconds.
+
+    What Detectron2 handles is allowed: crowd annotations and boxes without an area inside their
+    image, which it leaves out (a warning counts these boxes), boxes that are partly outside, which
+    it clips, and images without annotations.
+
+    Args:
+        records: in Detectron2's format.
+        num_classes: None: unknown.
+        mask_format: "polygon" or "bitmask" if the run trains on masks.
+
+    Raises:
+        ValueError: names the files and the ids of the annotations.
+    """
+    problems, without_area = [], []
+    missing = _missing_files(records)
+    for record in records:
+        name = record.get("file_name")
+        if name in missing:
+            problems.append(f"{name}: the file does not exist")
+        size = (record.get("height"), record.get("width"))
+        if not all(side is None or (_is_integer(side) and side > 0) for side in size):
+            problems.append(f"{name}: the image's height and width are {size}")
+            continue
+        for i, annotation in enumerate(record.get("annotations", ())):
+            problem = _problem(annotation, size, num_classes, mask_format)
+            if problem is None and not _has_area(annotation, size):
+                without_area.append(f"{where(name, i, annotation)}: {annotation['bbox']}")
+            elif problem is not None:
+                problems.append(f"{where(name, i, annotation)}: {problem}")
+    if without_area:
+        logger.warning(
+            f"{len(without_area)} boxes have no area inside their image and are left out: "
+            f"{some_of(without_area)}"
+        )
+    if problems:
+        raise ValueError(
+            f"The training data cannot be used as it is ({len(problems)} problems): "
+            f"{some_of(problems)}"
+        )
+
+
+def where(name: str, i: int, annotation: dict) -> str:
+    """The file and the id of annotation number `i` of an image."""
+    return f"{name}, annotation {annotation.get('id', f'number {i}')}"
+
+
+def _missing_files(records: list[dict]) -> set[str]:
+    """Lists each folder once, which is much faster than a look at each file."""
+    folders: dict[str, set[str]] = {}
+    missing = set()
+    for record in records:
+        name = record.get("file_name")
+        if name is None or "://" in name:  # Detectron2's PathManager knows where that is
+            continue
+        folder, file = os.path.split(name)
+        if folder not in folders:
+            folders[folder] = set(os.listdir(folder or ".")) if _is_folder(folder) else set()
+        if file not in folders[folder]:
+            missing.add(name)
+    return missing
+
+
+def _is_folder(folder: str) -> bool:
+    return os.path.isdir(folder or ".")
+
+
+def _problem(annotation, size, num_classes, mask_format) -> str | None:
+    """What is wrong with an annotation."""
+    crowd = annotation.get("iscrowd", 0)
+    if crowd not in (0, 1):
+        return f"iscrowd is {crowd!r}, expected 0 or 1"
+    if crowd:
+        return None  # left out
+    box, mode = annotation.get("bbox"), annotation.get("bbox_mode")
+    if mode not in (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS):
+        return f"bbox_mode is {mode!r}, expected XYWH_ABS or XYXY_ABS"
+    if not isinstance(box, (list, tuple, np.ndarray)) or len(box) != 4 or not _all_finite(box):
+        return f"the box is {box!r}, expected 4 finite numbers"
+    category = annotation.get("category_id")
+    if not _is_integer(category) or category < 0:
+        return f"category_id is {category!r}, expected an integer from 0"
+    if num_classes is not None and category >= num_classes:
+        return f"category_id is {category}, but there are {num_classes} classes, from 0"
+    if mask_format is not None:
+        return _mask_problem(annotation.get("segmentation"), _corners(box, mode), size, mask_format)
+    return None
+
+
+def _mask_problem(mask, corners, size, mask_format) -> str | None:
+    if mask is None or len(mask) == 0:
+        return "it has no mask (segmentation), and MODEL.MASK_ON is True"
+    if isinstance(mask, list):
+        if not all(len(p) >= 6 and len(p) % 2 == 0 and _all_finite(p) for p in mask):
+            return "a polygon has an odd number of coordinates, less than 6, or not finite ones"
+        x = [value for polygon in mask for value in polygon[0::2]]
+        y = [value for polygon in mask for value in polygon[1::2]]
+        x0, y0, x1, y1 = corners
+        if min(x) > x1 or max(x) < x0 or min(y) > y1 or max(y) < y0:
+            return f"the mask is outside its box {corners} (x0, y0, x1, y1)"
+        return None
+    if mask_format == "polygon":
+        return "the mask is no polygon: set INPUT.MASK_FORMAT bitmask"
+    mask_size = tuple(mask["size"]) if isinstance(mask, dict) else mask.shape
+    if None not in size and mask_size != size:
+        return f"the mask has the size {mask_size}, the image {size} (height, width)"
+    return None
+
+
+def _has_area(annotation: dict, size: tuple) -> bool:
+    if annotation.get("iscrowd", 0):
+        return True
+    x0, y0, x1, y1 = _corners(annotation["bbox"], annotation["bbox_mode"])
+    height, width = (math.inf if side is None else side for side in size)
+    return min(x1, width) > max(x0, 0) and min(y1, height) > max(y0, 0)
+
+
+def _corners(box, mode: BoxMode) -> tuple[float, float, float, float]:
+    x, y, a, b = box
+    return (x, y, x + a, y + b) if mode == BoxMode.XYWH_ABS else (x, y, a, b)
+
+
+def _all_finite(values) -> bool:
+    try:
+        return all(map(math.isfinite, values))
+    except (TypeError, OverflowError):
+        return False
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
