@@ -9,7 +9,6 @@ Exit codes: 0, done; 75, preempted by SIGTERM or SIGUSR1 with a checkpoint, go o
 
 from contextlib import nullcontext
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
@@ -19,7 +18,12 @@ from detectron2.utils import comm
 from crosskd import CrossKDDistiller, CrossKDTrainer, add_crosskd_config
 from labelenc import LabelEncDetector, LabelEncTrainer, add_labelenc_config
 from plaindet import read_config
-from plaindet.engine import PlainTrainer, check_num_classes, preemptible_processes
+from plaindet.engine import (
+    PlainCheckpointer,
+    PlainTrainer,
+    check_num_classes,
+    preemptible_processes,
+)
 
 # The keys of the methods.
 ADD_CONFIGS = (add_labelenc_config, add_crosskd_config)
@@ -49,7 +53,7 @@ def main(args):
     if args.eval_only:
         model = build_model(cfg)  # not the trainer's, which may need a teacher
         check_num_classes(cfg, model)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+        PlainCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
         results = Trainer.test(cfg, model)

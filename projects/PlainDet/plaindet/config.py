@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
+import yaml
+from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 
 from .data import register_coco_format
@@ -20,6 +22,9 @@ def read_config(
         config_file: yaml.
         overrides: KEY VALUE pairs.
         add_configs: the functions that add the keys of methods, as `add_labelenc_config`.
+
+    Raises:
+        ValueError: the file has a yaml tag that runs code.
     """
     cfg = merge_config(config_file, overrides, add_configs)
     register_coco_format(cfg.DATASETS.COCO_FORMAT)
@@ -36,10 +41,22 @@ def merge_config(
     for add_config in (add_plaindet_config, *add_configs):
         add_config(cfg)
     cfg = RelativePathsCfgNode(cfg)
-    cfg.merge_from_file(str(config_file))
+    try:
+        cfg.merge_from_file(str(config_file), allow_unsafe=_is_detectron2s(config_file))
+    except yaml.constructor.ConstructorError as error:
+        raise ValueError(
+            f"{config_file} is refused, since it has a yaml tag that runs code, which only the "
+            f"configs inside the detectron2 package may: write its value instead. {error}"
+        ) from error
     cfg = CfgNode(cfg)
     cfg.merge_from_list(list(overrides))
     return cfg
+
+
+def _is_detectron2s(config_file: str | os.PathLike) -> bool:
+    """Some configs of Detectron2's own compute anchor sizes."""
+    package = os.path.realpath(os.path.dirname(model_zoo.__file__))
+    return os.path.realpath(config_file).startswith(package + os.sep)
 
 
 class RelativePathsCfgNode(CfgNode):

@@ -9,16 +9,16 @@ import re
 import zipfile
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
 from plaindet.files import write_atomically
+from plaindet.loading import SafeCheckpointer
 from plaindet.messages import some_of
 
 logger = logging.getLogger(__name__)
 
 
-class PlainCheckpointer(DetectionCheckpointer):
+class PlainCheckpointer(SafeCheckpointer):
     """Detectron2's checkpointer, which also
 
     * replaces files at once, so that a kill in the middle leaves the one before,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import ROIHeads
@@ -76,6 +77,18 @@ def check_teacher_classes(teacher: Teacher, cfg: CfgNode) -> None:
                 f"has {some_of(expected, 10)}. If its config names the wrong data set, set "
                 "DATASETS.TRAIN in the teacher's OPTS"
             )
+
+
+def check_precision(cfg: CfgNode) -> None:
+    """
+    Raises:
+        ValueError: mixed precision is asked for on the CPU, where Detectron2's AMPTrainer cannot.
+    """
+    if cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type != "cuda":
+        raise ValueError(
+            f"SOLVER.AMP.ENABLED needs a GPU, but MODEL.DEVICE is {cfg.MODEL.DEVICE}: set "
+            "SOLVER.AMP.ENABLED False"
+        )
 
 
 def thing_classes(dataset_name: str) -> list[str]:

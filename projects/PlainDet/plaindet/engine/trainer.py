@@ -33,7 +33,7 @@ from plaindet.modeling import TrainingOnlyModules
 from plaindet.signals import ignore_preemption
 
 from .checkpointer import PlainCheckpointer
-from .checks import check_num_classes
+from .checks import check_num_classes, check_precision
 from .finite import FiniteLosses
 from .optimizer import build_optimizer
 from .plain_config import write_plain_config
@@ -63,6 +63,7 @@ class PlainTrainer(DefaultTrainer):
         if cfg.SEED < 0:
             cfg = _with_seed(cfg, comm.shared_random_seed())
 
+        check_precision(cfg)
         model = self.build_model(cfg)
         check_num_classes(cfg, model)
         optimizer = self.build_optimizer(cfg, model)

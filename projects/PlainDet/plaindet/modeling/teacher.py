@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
 from plaindet.config import merge_config
+from plaindet.loading import SafeCheckpointer
 from plaindet.messages import some_of
 
 
@@ -83,7 +83,7 @@ def _check_file(path: str, key: str) -> None:
         raise FileNotFoundError(f"{key}: {path} does not exist (from {os.getcwd()})")
 
 
-class CompleteCheckpointer(DetectionCheckpointer):
+class CompleteCheckpointer(SafeCheckpointer):
     """A checkpointer which does not accept that a file has only a part of the model."""
 
     def load(self, path: str, *args, **kwargs) -> dict:

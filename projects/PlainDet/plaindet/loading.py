@@ -1,0 +1,91 @@
+"""Reading weights without running what a file says: a pickle can call any function."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
+
+# What arrays of weights are made of in a pickle.
+_ALLOWED = {
+    ("_codecs", "encode"),
+    ("collections", "OrderedDict"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    *(
+        (f"numpy.{core}.multiarray", name)
+        for core in ("core", "_core")
+        for name in ("_reconstruct", "scalar")
+    ),
+}
+
+
+class SafeCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, which reads tensors, arrays, numbers and texts alone, also from
+    the .pkl files of Detectron2's model zoo, and refuses files with anything else."""
+
+    def _load_file(self, filename):
+        """As Detectron2's.
+
+        Raises:
+            ValueError: the file is damaged or holds something else.
+        """
+        if filename.endswith(".pkl"):
+            check_pickle(filename)
+        if filename.endswith(".pyth"):
+            load_tensors(filename)
+        return super()._load_file(filename)
+
+    def _torch_load(self, f):
+        return load_tensors(f)
+
+
+def load_tensors(path: str):
+    """The content of a file that `torch.save` wrote, on the CPU.
+
+    Raises:
+        ValueError: the file is damaged, holds other objects than tensors, numbers, texts, lists
+            and dicts, or unpacks to more than its size.
+    """
+    try:
+        if zipfile.is_zipfile(path):  # the format since PyTorch 1.6
+            _check_not_compressed(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is refused: it is damaged, or holds more than tensors, numbers, texts, lists "
+            f"and dicts ({error})"
+        ) from error
+
+
+def _check_not_compressed(path: str) -> None:
+    """A small compressed file may fill the memory; `torch.save` does not compress."""
+    with zipfile.ZipFile(path) as file:
+        for entry in file.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f"{entry.filename} is compressed")
+
+
+def check_pickle(path: str) -> None:
+    """
+    Raises:
+        ValueError: a pickle is damaged, or holds more than arrays, numbers, texts, lists and dicts.
+    """
+    try:
+        with PathManager.open(path, "rb") as f:
+            _ArrayUnpickler(f, encoding="latin1").load()
+    except Exception as error:  # a malformed pickle raises anything
+        raise ValueError(
+            f"{path} is refused: it is damaged, or holds more than arrays, numbers, texts, lists "
+            f"and dicts ({error})"
+        ) from error
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
