@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed-$(firstword $(shell echo "$(DETECTRON2)" | cksum))
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install test golden lint format demo demo-crosskd bench
+.PHONY: help install test golden lint format demo demo-crosskd bench soak
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -42,6 +42,9 @@ demo: $(STAMP)  ## baseline, LabelEnc step 1 and step 2, and a report (DATASET=<
 
 demo-crosskd: $(STAMP)  ## teacher, student and CrossKD, and a report (DATASET=<folder>)
 	$(PYTHON) tools/demo_crosskd.py $(if $(DATASET),--dataset "$(DATASET)")
+
+soak: $(STAMP)  ## kill and resume training runs at 51 random moments, and compare where they end
+	OMP_NUM_THREADS=1 $(PYTHON) tools/soak.py
 
 bench: $(STAMP)  ## cost of both methods as ratios to plain Detectron2
 	$(PYTHON) tools/benchmark.py

@@ -1,0 +1,131 @@
+"""Two processes with two images each follow one process with the four: losses and gradients.
+
+What Detectron2 itself normalises with the images of one process alone cannot follow, and is left
+out below: RetinaNet's moving average of positives, and the number of sampled proposals of an RoI
+head. Neither can what has statistics over the images of a process: batch norms (here FrozenBN and
+GN take their place), and CrossKD's alignment of features, as in the original (strategy "a"; the
+other losses and strategy "mimicking" follow).
+"""
+
+import os
+
+import pytest
+import torch
+from detectron2.engine import launch
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+
+import train_net
+from plaindet.data import register_coco_format
+from plaindet.seeding import seed_everything
+
+ALL = None
+STRATEGY = "MODEL.CROSSKD.STRATEGY"
+DENSE = ("fcos", "gfl", "atss")
+# (method, detector, phase: L3 switched on, losses that follow, more of the config)
+CASES = [
+    *(("labelenc_step1", d, on, ALL, ()) for d in DENSE for on in (False, True)),
+    *(("labelenc_step2", d, on, ALL, ()) for d in DENSE for on in (True, False)),
+    ("labelenc_step1", "retinanet", True, {"loss_distance"}, ()),
+    (
+        "labelenc_step1",
+        "faster_rcnn",
+        True,
+        {"loss_rpn_cls", "loss_rpn_loc", "loss_distance"},
+        ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000"),  # all anchors, and not a random sample
+    ),
+    *(("crosskd", d, None, ALL, (STRATEGY, "mimicking")) for d in DENSE),
+    ("crosskd", "retinanet", None, {"loss_kd_cls", "loss_kd_box"}, (STRATEGY, "mimicking")),
+    ("crosskd", "gfl", None, {"loss_cls", "loss_dfl", "loss_box_reg"}, (STRATEGY, "a")),
+]
+NAMES = [f"{m} {d} {on} {' '.join(more)}".strip() for m, d, on, _, more in CASES]
+
+
+def losses_and_gradients(cfg, distance_enabled):
+    """Of the first batch; averaged over the processes."""
+    seed_everything(0)
+    trainer = train_net.trainer_class(cfg)(cfg)
+    if distance_enabled is not None:
+        trainer.plain_model.distance_enabled = distance_enabled
+    batch = next(iter(trainer.data_loader))
+    files = {image["file_name"] for images in comm.all_gather(batch) for image in images}
+    assert len(files) == 4  # the same four images, two in each process
+    with EventStorage():
+        losses = trainer.model(batch)
+    sum(losses.values()).backward()
+    parameters = trainer.plain_model.named_parameters()
+    gradients = {name: p.grad for name, p in parameters if p.grad is not None}
+    return comm.reduce_dict({k: v.detach() for k, v in losses.items()}), gradients
+
+
+def compute_all(cfgs, path):
+    torch.set_num_threads(1)
+    register_coco_format(cfgs[0].DATASETS.COCO_FORMAT)
+    results = [losses_and_gradients(cfg, case[2]) for cfg, case in zip(cfgs, CASES)]
+    if comm.is_main_process():
+        torch.save(results, path)
+
+
+@pytest.fixture(scope="module")
+def distributed_results():
+    return {}
+
+
+@pytest.fixture
+def cfgs(make_method_cfg, tmp_path_factory, distributed_results):
+    if "cfgs" not in distributed_results:
+        folder = str(tmp_path_factory.mktemp("distributed"))
+        distributed_results["cfgs"] = [
+            make_method_cfg(
+                method,
+                detector,
+                *("SOLVER.IMS_PER_BATCH", "4", "DATALOADER.ASPECT_RATIO_GROUPING", "False"),
+                *("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "GN", "OUTPUT_DIR", folder),
+                # So that the sum of class probabilities in a process, GFL's normaliser of boxes, is
+                # not below its minimum of 1.
+                *("MODEL.GFL.PRIOR_PROB", "0.5"),
+                *more,
+            )
+            for method, detector, _, _, more in CASES
+        ]
+    return distributed_results["cfgs"]
+
+
+@pytest.fixture
+def two_processes(cfgs, distributed_results):
+    """The results of all cases, in one launch."""
+    if "results" not in distributed_results:
+        path = os.path.join(cfgs[0].OUTPUT_DIR, "results.pth")
+        launch(compute_all, num_gpus_per_machine=2, dist_url="auto", args=(cfgs, path))
+        distributed_results["results"] = torch.load(path, weights_only=True)
+    return distributed_results["results"]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=NAMES)
+def test_two_processes_follow_one(case, cfgs, two_processes):
+    _, _, distance_enabled, following, _ = CASES[case]
+    losses, gradients = two_processes[case]
+    expected_losses, expected_gradients = losses_and_gradients(cfgs[case], distance_enabled)
+    assert losses.keys() == expected_losses.keys()
+    assert (following or set()) <= losses.keys()
+    for name in following or losses:
+        assert losses[name].item() == pytest.approx(expected_losses[name].item(), rel=1e-5), name
+    if following is ALL:
+        assert gradients.keys() == expected_gradients.keys()
+        for name, expected in expected_gradients.items():
+            # The sums of a convolution's gradient have another order.
+            scale = expected.abs().max().item()
+            torch.testing.assert_close(gradients[name], expected, rtol=0, atol=1e-5 * (1 + scale))
+
+
+def test_retinanets_own_losses(cfgs, two_processes):
+    """What is left out above, and why."""
+    (case,) = (i for i, x in enumerate(CASES) if x[:2] == ("crosskd", "retinanet"))
+    seed_everything(0)
+    trainer = train_net.trainer_class(cfgs[case])(cfgs[case])
+    with EventStorage():
+        expected = trainer.model(next(iter(trainer.data_loader)))
+    assert set(expected) - {"loss_kd_cls", "loss_kd_box"} == {"loss_cls", "loss_box_reg"}
+    # The normalisers start at 100 for two images as for four, and move by a tenth.
+    ratio = two_processes[case][0]["loss_cls"] / expected["loss_cls"]
+    assert ratio.item() == pytest.approx(0.5, rel=0.05)
