@@ -14,6 +14,7 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from crosskd import CrossKDDistiller, CrossKDTrainer, add_crosskd_config
 from labelenc import LabelEncDetector, LabelEncTrainer, add_labelenc_config
@@ -33,7 +34,9 @@ def setup(args) -> CfgNode:
     """The config of the command line, with its data sets registered."""
     cfg = read_config(args.config_file, args.opts, ADD_CONFIGS)
     cfg.freeze()
-    default_setup(cfg, args)
+    default_setup(cfg, args)  # which sets up the loggers of Detectron2 alone
+    for package in ("plaindet", "labelenc", "crosskd"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=package)
     return cfg
 
 

@@ -1,4 +1,5 @@
 import json
+import logging
 from pathlib import Path
 
 import cv2
@@ -19,6 +20,13 @@ CLASSES = ["red", "green", "blue"]
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _propagate():
+    """To caplog, also after a test in this process has set up the loggers."""
+    for package in ("plaindet", "labelenc", "crosskd"):
+        logging.getLogger(package).propagate = True
 
 
 @pytest.fixture(scope="session")

@@ -164,7 +164,7 @@ def soak(name, config, overrides, folder, kills):
         rounds += 1
         resumed = folder / name / f"resumed_{rounds}"
         while True:
-            moment = random.uniform(0, 0.6 * duration) if killed < kills else None
+            moment = random.uniform(0, duration) if killed < kills else None
             started = time.time()
             if in_process(train, config, overrides, resumed, kill_after=moment):
                 break

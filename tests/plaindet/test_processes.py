@@ -2,6 +2,9 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from detectron2.engine import HookBase, launch
 from detectron2.utils import comm
 
+import train_net
 from plaindet.data import register_coco_format
 from plaindet.engine import PREEMPTED, PlainTrainer, preemptible_processes
 
@@ -61,3 +65,30 @@ def test_two_processes(make_cfg):
     assert 1 <= checkpoint["iteration"] < 29
     assert len(checkpoint["trainer"]["hooks"]["ExactResume"]["loss_normalizers"]) == 2
     assert (folder / "nonfinite_0000001_process1.pth").exists()
+
+
+def test_two_machines(make_cfg, tmp_path):
+    """The documented commands, both on this one: they train together and leave together."""
+    cfg = make_cfg(CONFIG, "SOLVER.MAX_ITER", "1000", "DATASETS.TEST", "()")
+    config = tmp_path / "config.yaml"
+    config.write_text(cfg.dump())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-W", "ignore", train_net.__file__, "--config-file", str(config)]
+    command += ["--num-gpus", "1", "--num-machines", "2", "--dist-url", url, "--machine-rank"]
+    machines = [
+        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for rank in range(2)
+    ]
+    log = ""
+    for line in machines[0].stdout:
+        log += line.decode()
+        if "iter: 19 " in log:
+            machines[1].send_signal(signal.SIGTERM)
+            break
+    outputs = [log + machines[0].communicate()[0].decode(), machines[1].communicate()[0].decode()]
+    assert [machine.returncode for machine in machines] == [PREEMPTED, PREEMPTED], outputs
+    assert "Rank of current process: 0. World size: 2" in log
+    name = (Path(cfg.OUTPUT_DIR) / "last_checkpoint").read_text()
+    assert f"Saving checkpoint to {cfg.OUTPUT_DIR}/{name}" in outputs[0]
