@@ -8,9 +8,9 @@ import torch
 from detectron2.utils.events import EventStorage
 
 import train_net
-from plaindet.engine import PlainTrainer
 
 CONFIG = "quick/retinanet_R_18_baseline.yaml"
+STEP1 = "quick/retinanet_R_18_labelenc_step1.yaml"
 
 
 def poison(trainer, iteration):
@@ -64,14 +64,26 @@ def test_stops_before_the_step(make_method_cfg, method, detector, write_metrics)
     assert not torch.isfinite(sum(losses.values()))
 
 
-def test_weights_that_are_not_finite_are_not_written(make_cfg):
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (CONFIG, "head.cls_score.bias"),
+        (
+            "quick/retinanet_R_18_labelenc_step1.yaml",
+            "training_only.label_encoder.fpn_output3.bias",
+        ),
+    ],
+)
+def test_weights_that_are_not_finite_are_not_written(make_cfg, config, name):
     """As after a gradient that is not finite, of losses that are."""
-    trainer = PlainTrainer(make_cfg(CONFIG))
+    cfg = make_cfg(config, "MODEL.FPN.NORM", "")
+    trainer = train_net.trainer_class(cfg)(cfg)
     trainer.checkpointer.save("model_0000000", iteration=0)
+    folder = Path(cfg.OUTPUT_DIR)
+    before = {path: path.read_bytes() for path in folder.glob("*.pth")}
     with torch.no_grad():
-        trainer.plain_model.head.cls_score.bias[0] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"model_0000001 is not written.*cls_score.bias"):
+        trainer.plain_model.get_parameter(name)[0] = float("nan")
+    with pytest.raises(FloatingPointError, match=f"No checkpoint is written.*{name}"):
         trainer.checkpointer.save("model_0000001", iteration=1)
-    folder = Path(trainer.cfg.OUTPUT_DIR)
-    assert [path.name for path in folder.glob("*.pth*")] == ["model_0000000.pth"]
+    assert {path: path.read_bytes() for path in folder.glob("*.pth*")} == before
     assert (folder / "last_checkpoint").read_text() == "model_0000000.pth"

@@ -99,6 +99,7 @@ class Step1Checkpointer(PlainCheckpointer):
 
     def save(self, name: str, **kwargs) -> None:
         if self.save_dir and self.save_to_disk:
+            self.check_finite()
             save_step1_file(self.model, os.path.join(self.save_dir, FILE_NAME))
         super().save(name, **kwargs)
 

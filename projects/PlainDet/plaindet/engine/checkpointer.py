@@ -34,14 +34,25 @@ class PlainCheckpointer(SafeCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
+        self.check_finite()
         states = {key: value.state_dict() for key, value in self.checkpointables.items()}
         data = {"model": self.model.state_dict(), **states, **kwargs}
-        for key in ("model", "training_only"):
-            _check_finite(data.get(key, {}), name)
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info(f"Saving checkpoint to {path}")
         write_atomically(path, lambda f: torch.save(data, f))
         self.tag_last_checkpoint(os.path.basename(path))
+
+    def check_finite(self) -> None:
+        """
+        Raises:
+            FloatingPointError: a weight is infinite or NaN.
+        """
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        if bad:
+            raise FloatingPointError(
+                f"No checkpoint is written, since weights are infinite or NaN: {some_of(bad)}"
+            )
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         if re.fullmatch(r"model_(\d+|final)\.pth", last_filename_basename):
@@ -81,15 +92,6 @@ class PlainCheckpointer(SafeCheckpointer):
             if iteration is not None and (newest is None or iteration < newest)
         ]
         return sorted(older, key=iterations.get, reverse=True)
-
-
-def _check_finite(state: dict[str, torch.Tensor], name: str) -> None:
-    bad = [key for key, value in state.items() if not torch.isfinite(value).all()]
-    if bad:
-        raise FloatingPointError(
-            f"The checkpoint {name} is not written, since it has infinite or NaN weights: "
-            f"{some_of(bad)}"
-        )
 
 
 def _iteration(path: str) -> int | None:

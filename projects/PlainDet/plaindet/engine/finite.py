@@ -40,8 +40,7 @@ class FiniteLosses(HookBase):
             return
         self._batch = inputs[0]
         self._losses = losses if isinstance(losses, dict) else {"total_loss": losses}
-        values = torch.stack([loss.detach().float() for loss in self._losses.values()])
-        self._finite = torch.isfinite(values).all()
+        self._finite = torch.isfinite(sum(self._losses.values()).detach())
         if self._finite.is_cuda:
             if self._host_result is None:
                 self._host_result = torch.empty((), dtype=torch.bool, pin_memory=True)
@@ -63,7 +62,7 @@ class FiniteLosses(HookBase):
             raise FloatingPointError(
                 f"A loss of another process is infinite or NaN in iteration {iteration}"
             )
-        losses = {name: loss.item() for name, loss in self._losses.items()}
+        losses = {name: float(loss) for name, loss in self._losses.items()}
         files = [image.get("file_name") for image in self._batch]
         path = self._write_replay_file(iteration, losses)
         raise FloatingPointError(

@@ -15,9 +15,9 @@ class Flag:
 
     def __init__(self, up: bool):
         """Call it in all processes at the same point."""
-        self._value = torch.tensor(int(up))
-        self._work = None
+        self._value, self._work = up, None
         if comm.get_world_size() > 1:
+            self._value = torch.tensor(int(up))
             self._work = distributed.all_reduce(
                 self._value, distributed.ReduceOp.MAX, _host_group(), async_op=True
             )

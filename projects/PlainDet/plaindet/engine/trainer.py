@@ -40,11 +40,13 @@ from .plain_config import write_plain_config
 from .preemption import Preemption
 from .resume import ExactResume
 
+logger = logging.getLogger(__name__)
+
 
 class PlainTrainer(DefaultTrainer):
     """Detectron2's DefaultTrainer, which also
 
-    * checks the data sets' classes against the detector's before it trains,
+    * checks the training data, and its classes against the detector's, before it trains,
     * trains on several CPU processes as well as on several GPUs,
     * resumes exactly, from checkpoints that are whole whenever the run is killed,
     * leaves with a checkpoint and the exit code `PREEMPTED` on SIGTERM and SIGUSR1,
@@ -62,6 +64,7 @@ class PlainTrainer(DefaultTrainer):
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         if cfg.SEED < 0:
             cfg = _with_seed(cfg, comm.shared_random_seed())
+            logger.info(f"Using the random seed {cfg.SEED}")
 
         check_precision(cfg)
         model = self.build_model(cfg)
