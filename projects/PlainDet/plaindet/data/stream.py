@@ -109,15 +109,16 @@ class _SeededDataset(Dataset):
 
 
 def build_train_stream(cfg: CfgNode, mapper: DatasetMapper) -> TrainStream:
-    """The stream of `cfg.DATASETS.TRAIN` with Detectron2's samplers and `cfg.SEED`. A list of
-    images is checked before.
+    """The stream of `cfg.DATASETS.TRAIN` with Detectron2's samplers and `cfg.SEED`, or a random one
+    if that is negative. A list of images is checked before.
 
     Raises:
         ValueError: an image or annotation cannot be used, the batch cannot be shared by the
             processes, or the data set has no order.
     """
+    seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     # From the seed samplers draw their own.
-    with seeded(cfg.SEED), explained_errors(cfg.DATASETS.TRAIN):
+    with seeded(seed), explained_errors(cfg.DATASETS.TRAIN):
         arguments = build_detection_train_loader.from_config(cfg, mapper=mapper)
     images = arguments["dataset"]
     if isinstance(images, IterableDataset):
@@ -147,7 +148,7 @@ def build_train_stream(cfg: CfgNode, mapper: DatasetMapper) -> TrainStream:
         MapDataset(images, arguments["mapper"]),
         arguments["sampler"],
         batch_size,
-        cfg.SEED,
+        seed,
         arguments["num_workers"],
         wide,
     )
