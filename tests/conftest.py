@@ -82,7 +82,10 @@ def make_method_cfg(make_cfg, tmp_path):
             torch.save({"model": teacher.state_dict()}, path)
             num_classes = f"MODEL.{detector.upper()}.NUM_CLASSES"
             cfg.MODEL.CROSSKD.TEACHER.WEIGHTS = str(path)
-            cfg.MODEL.CROSSKD.TEACHER.OPTS = [num_classes, len(CLASSES)]
+            cfg.MODEL.CROSSKD.TEACHER.OPTS = [
+                *(num_classes, len(CLASSES)),
+                *("DATASETS.TRAIN", "('tiny_train',)"),
+            ]
         cfg.MODEL.LABELENC.WARMUP_ITERS = cfg.MODEL.LABELENC.CUTOFF_ITERS = 2
         cfg.merge_from_list(list(overrides))
         return cfg
