@@ -9,7 +9,7 @@ from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import fcos as detectron2_fcos
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 from torchvision.ops import generalized_box_iou_loss
 
@@ -326,21 +326,25 @@ def test_learns_to_detect_one_box(make_fcos):
         image[:, 21:99, 37:83] += 150
         batch = [{"image": image, "instances": instances}] * 2
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=50)
         with EventStorage():
-            for _ in range(40):
+            for _ in range(50):
                 optimizer.zero_grad()
                 sum(model(batch).values()).backward()
                 optimizer.step()
+                scheduler.step()
             predictions = model.head(
                 list(model.backbone(model.preprocess_image(batch).tensor).values())
             )
             anchors = model.anchor_generator(predictions[0])
-            logits, distances, _ = model._transpose_dense_predictions(predictions, [5, 4, 1])
-        best = torch.cat(logits, 1)[0, :, 3].argmax()
+            predictions = model._transpose_dense_predictions(predictions, [5, 4, 1])
+        logits, distances, centerness = (torch.cat(levels, 1)[0] for levels in predictions)
+        best = (logits[:, 3].sigmoid() * centerness[:, 0].sigmoid()).argmax()
         decoded = model.box2box_transform.apply_deltas(
-            torch.cat(distances, 1)[0, best][None], Boxes.cat(anchors).tensor[best][None]
+            distances[best][None], Boxes.cat(anchors).tensor[best][None]
         )
-        np.testing.assert_allclose(decoded.detach().numpy(), box.numpy(), atol=6)
+        # Short trainings differ in the last bits of their numbers, and then by some pixels.
+        assert pairwise_iou(Boxes(decoded), Boxes(box)) > 0.75
 
 
 def test_unknown_options(make_fcos):
