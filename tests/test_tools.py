@@ -16,6 +16,7 @@ from detectron2.modeling import build_model
 import train_net
 from labelenc import save_step1_file
 from plaindet import read_config
+from plaindet.data.shapes import SHAPES_CLASSES
 from plaindet.pictures import DPI, PANEL_INCHES, detections_picture, save_sheet
 
 REPOSITORY = Path(__file__).parent.parent
@@ -213,6 +214,15 @@ def test_visualize_distillation(runs, call, tmp_path):
     assert image[0] == "image"
     assert (image[1] == bgr[..., ::-1]).all()
     assert (pictures[0][1] == expected).all()
+
+
+def test_ground_truth_with_masks_that_are_no_polygons():
+    dataset_dict = DatasetCatalog.get("shapes_val")[0]
+    ((title, picture),) = load_tool("visualize_distillation").draw_row(
+        dataset_dict, [], SHAPES_CLASSES
+    )
+    assert title == "ground truth"
+    assert picture.shape[1] == 480
 
 
 def test_visualize_features_errors(runs, call, capsys):

@@ -53,7 +53,12 @@ def draw_row(
     image = read_image(dataset_dict["file_name"], "RGB")
     row = [("image", image)]
     if "annotations" in dataset_dict:
-        objects = [x for x in dataset_dict["annotations"] if not x.get("iscrowd")]
+        # Boxes alone are drawn, and masks may be of any format.
+        objects = [
+            {key: x[key] for key in ("bbox", "bbox_mode", "category_id")}
+            for x in dataset_dict["annotations"]
+            if not x.get("iscrowd")
+        ]
         truth = annotations_to_instances(objects, image.shape[:2])
         row = [("ground truth", ground_truth_picture(image, truth, class_names))]
     for name, model, cfg in detectors:
