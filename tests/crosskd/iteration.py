@@ -1,6 +1,14 @@
-"""An iteration of training, and what its losses reach."""
+"""Iterations of training, what their losses reach, and what has to hold after them."""
 
+import os
+
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.utils.analysis import find_unused_parameters
 from detectron2.utils.events import EventStorage
+
+from plaindet import add_plaindet_config
 
 
 def losses_of(trainer):
@@ -13,3 +21,44 @@ def with_gradient(model, losses):
     model.zero_grad()
     sum(losses).backward(retain_graph=True)
     return {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+def check_training_run(trainer, plain_class, prepare=lambda model: None):
+    """Trains, and checks that no parameter is unused, that the teacher is untouched and in no
+    checkpoint, and that the checkpoint is the plain detector, with the same detections.
+
+    Args:
+        plain_class: of the detector; Detectron2's own are read without the keys of plaindet.
+        prepare: what to do with both models before they detect.
+
+    Returns:
+        the detections
+    """
+    path = trainer.cfg.MODEL.CROSSKD.TEACHER.WEIGHTS
+    saved = torch.load(path, weights_only=True)["model"]
+    with EventStorage():
+        unused = find_unused_parameters(trainer.model, next(iter(trainer.data_loader)))
+    assert not {n for n, p in trainer.model.named_parameters() if p.requires_grad} & set(unused)
+    trainer.train()
+    teacher = trainer.model.teacher.model
+    assert all(torch.equal(value, saved[key]) for key, value in teacher.state_dict().items())
+    assert not any(module.training for module in teacher.modules())
+
+    folder = trainer.cfg.OUTPUT_DIR
+    checkpoint = torch.load(os.path.join(folder, "model_final.pth"), weights_only=False)
+    cfg = get_cfg()
+    if not plain_class.__module__.startswith("detectron2."):
+        add_plaindet_config(cfg)
+    cfg.merge_from_file(os.path.join(folder, "plain_config.yaml"))
+    plain = build_model(cfg)
+    assert type(plain) is plain_class
+    plain.load_state_dict(checkpoint["model"], strict=True)
+    batch, found = [{"image": torch.rand(3, 64, 80) * 255}], []
+    for model in (plain.eval(), trainer.model.eval()):
+        prepare(model)
+        found.append(model(batch)[0]["instances"].get_fields())
+    assert found[0].keys() == found[1].keys()
+    assert len(found[0]["scores"]) > 0
+    for name, expected in found[0].items():
+        assert torch.equal(*(getattr(x, "tensor", x) for x in (found[1][name], expected))), name
+    return found[0]

@@ -5,18 +5,17 @@ import os
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.analysis import find_unused_parameters
 from detectron2.utils.events import EventStorage
+from iteration import check_training_run, losses_of, with_gradient
 
 import train_net
 from crosskd import CrossKDTrainer
-from plaindet import add_plaindet_config
 from plaindet.data import register_coco_format
-from plaindet.modeling import Teacher
+from plaindet.modeling import DeformableDETR, Teacher
 from plaindet.modeling.deformable_transformer import Predictions
 
 SMALL = [
@@ -59,18 +58,6 @@ def make_trainer(make_cfg, tmp_path):
         )
 
     return make
-
-
-def losses_of(trainer):
-    with EventStorage():
-        return trainer.model(next(iter(trainer.data_loader)))
-
-
-def with_gradient(model, losses):
-    """The parameters that the losses reach."""
-    model.zero_grad()
-    sum(losses).backward(retain_graph=True)
-    return {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
 
 @queries
@@ -202,30 +189,7 @@ def test_losses_in_closed_form(make_trainer):
 @queries
 def test_training_run(make_trainer, queries):
     """The teacher does not change and is in no checkpoint; the result is the plain detector."""
-    trainer = make_trainer("MODEL.CROSSKD.QUERIES", queries)
-    path = trainer.cfg.MODEL.CROSSKD.TEACHER.WEIGHTS
-    saved = torch.load(path, weights_only=True)["model"]
-    with EventStorage():
-        assert not find_unused_parameters(trainer.model, next(iter(trainer.data_loader)))
-    trainer.train()
-    teacher = trainer.model.teacher.model
-    assert all(torch.equal(value, saved[key]) for key, value in teacher.state_dict().items())
-    assert not any(module.training for module in teacher.modules())
-
-    folder = trainer.cfg.OUTPUT_DIR
-    checkpoint = torch.load(os.path.join(folder, "model_final.pth"), weights_only=False)
-    cfg = get_cfg()
-    add_plaindet_config(cfg)
-    cfg.merge_from_file(os.path.join(folder, "plain_config.yaml"))
-    plain = build_model(cfg)
-    assert type(plain).__name__ == "DeformableDETR"
-    plain.load_state_dict(checkpoint["model"], strict=True)
-    batch = [{"image": torch.rand(3, 64, 80) * 255}]
-    models = (plain.eval(), trainer.model.eval())
-    found = [model(batch)[0]["instances"] for model in models]
-    assert len(found[0]) > 0
-    assert torch.equal(found[0].scores, found[1].scores)
-    assert torch.equal(found[0].pred_boxes.tensor, found[1].pred_boxes.tensor)
+    check_training_run(make_trainer("MODEL.CROSSKD.QUERIES", queries), DeformableDETR)
 
 
 def test_losses_fall(make_trainer):

@@ -1,16 +1,12 @@
 """CrossKD's training of Faster R-CNN and Mask R-CNN."""
 
-import os
-
 import pytest
 import torch
 from detectron2 import model_zoo
-from detectron2.config import get_cfg
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.analysis import find_unused_parameters
 from detectron2.utils.events import EventStorage
-from iteration import losses_of, with_gradient
+from iteration import check_training_run, losses_of, with_gradient
 from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss
 
@@ -220,36 +216,14 @@ def test_distillation_losses(make_cfg, cls_loss, box_loss, class_agnostic):
 
 
 @detectors
-def test_training_run(make_trainer, detector, teacher_file):
+def test_training_run(make_trainer, detector):
     """The teacher does not change and is in no checkpoint; the result is the plain detector."""
-    trainer = make_trainer(detector)
-    saved = torch.load(teacher_file(detector), weights_only=True)["model"]
-    with EventStorage():
-        unused = find_unused_parameters(trainer.model, next(iter(trainer.data_loader)))
-    assert not {n for n, p in trainer.model.named_parameters() if p.requires_grad} & set(unused)
-    trainer.train()
-    teacher = trainer.model.teacher.model
-    assert all(torch.equal(value, saved[key]) for key, value in teacher.state_dict().items())
-    assert not teacher.training
 
-    folder = trainer.cfg.OUTPUT_DIR
-    checkpoint = torch.load(os.path.join(folder, "model_final.pth"), weights_only=False)
-    cfg = get_cfg()
-    cfg.merge_from_file(os.path.join(folder, "plain_config.yaml"))
-    plain = build_model(cfg)
-    assert type(plain) is GeneralizedRCNN
-    plain.load_state_dict(checkpoint["model"], strict=True)
-    batch = [{"image": torch.rand(3, 64, 80) * 255}]
-    found = []
-    for model in (plain.eval(), trainer.model.eval()):
+    def detect_all(model):
         model.roi_heads.box_predictor.test_score_thresh = 0.0
-        found.append(model(batch)[0]["instances"].get_fields())
-    assert found[0].keys() == found[1].keys()
-    assert ("pred_masks" in found[0]) == (detector == "mask_rcnn")
-    assert len(found[0]["scores"]) > 0
-    for name, expected in found[0].items():
-        values = [getattr(x, "tensor", x) for x in (found[1][name], expected)]
-        assert torch.equal(*values), name
+
+    found = check_training_run(make_trainer(detector), GeneralizedRCNN, detect_all)
+    assert ("pred_masks" in found) == (detector == "mask_rcnn")
 
 
 @pytest.mark.parametrize(
