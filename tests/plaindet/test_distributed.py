@@ -66,6 +66,15 @@ def compute_all(cfgs, path):
         torch.save(results, path)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As in the two processes: more threads add up in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def distributed_results():
     return {}
