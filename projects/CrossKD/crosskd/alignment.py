@@ -18,7 +18,9 @@ def align_features(features: torch.Tensor, reference: torch.Tensor) -> torch.Ten
         of the shape of `features`, float32
     """
     mean, _, deviation = channel_statistics(reference)
-    return standardize(features) * deviation + mean
+    _, centered, own_deviation = channel_statistics(features)
+    # standardize(features) * deviation + mean, in one pass over the features
+    return torch.addcmul(mean, centered, deviation / (own_deviation + EPSILON))
 
 
 def standardize(features: torch.Tensor) -> torch.Tensor:

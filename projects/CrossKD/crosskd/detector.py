@@ -213,7 +213,7 @@ class CrossKDDetector(CrossKDDistiller):
                 )
             )
         # The FPN's features are not rectified, those inside the subnets are.
-        rectify = F.relu if self.position > 0 else nn.Identity()
+        rectify = F.relu_ if self.position > 0 else nn.Identity()
         aligned = SubnetFeatures(
             *(
                 [rectify(align_features(*pair)) for pair in zip(*levels)]
