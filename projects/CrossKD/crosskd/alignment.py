@@ -7,6 +7,21 @@ import torch
 EPSILON = 1e-6
 
 
+def channel_statistics(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The (unbiased) standard deviation and the mean of each channel over images (or regions) and
+    positions, in float32. The deviation of a single element is 0.
+
+    Args:
+        features: (N, C, H, W), or (N, C) where there are no positions.
+
+    Returns:
+        two (1, C, 1, 1), or (1, C)
+    """
+    elements = features.numel() // features.shape[1]
+    dims = [dim for dim in range(features.dim()) if dim != 1]
+    return torch.std_mean(features.float(), dim=dims, keepdim=True, correction=min(1, elements - 1))
+
+
 def align_features(features: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Gives each channel the mean and the standard deviation that the reference's has.
 
@@ -17,10 +32,8 @@ def align_features(features: torch.Tensor, reference: torch.Tensor) -> torch.Ten
     Returns:
         of the shape of `features`, float32
     """
-    mean, _, deviation = channel_statistics(reference)
-    _, centered, own_deviation = channel_statistics(features)
-    # standardize(features) * deviation + mean, in one pass over the features
-    return torch.addcmul(mean, centered, deviation / (own_deviation + EPSILON))
+    deviation, mean = channel_statistics(reference)
+    return torch.addcmul(mean, standardize(features), deviation)
 
 
 def standardize(features: torch.Tensor) -> torch.Tensor:
@@ -32,26 +45,5 @@ def standardize(features: torch.Tensor) -> torch.Tensor:
     Returns:
         of the same shape, float32
     """
-    _, centered, deviation = channel_statistics(features)
-    return centered / (deviation + EPSILON)
-
-
-def channel_statistics(
-    features: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The mean of each channel over images (or regions) and positions, the features without it, and
-    the (unbiased) standard deviation, which is 0 for a single element. In float32.
-
-    Args:
-        features: (N, C, H, W), or (N, C) where there are no positions.
-
-    Returns:
-        (1, C, 1, 1), (N, C, H, W), (1, C, 1, 1); or (1, C), (N, C), (1, C)
-    """
-    dims, features = [dim for dim in range(features.dim()) if dim != 1], features.float()
-    mean = features.mean(dim=dims, keepdim=True)
-    centered = features - mean
-    degrees_of_freedom = max(features.numel() // features.shape[1] - 1, 1)
-    # Several times faster than torch.std, and the gradient at 0 is 0 as well.
-    norm = torch.linalg.vector_norm(centered, dim=dims, keepdim=True)
-    return mean, centered, norm / degrees_of_freedom**0.5
+    deviation, mean = channel_statistics(features)
+    return (features.float() - mean) / (deviation + EPSILON)
