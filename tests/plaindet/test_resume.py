@@ -92,6 +92,18 @@ def test_resumed_equals_uninterrupted(make_method_cfg, method, detector, more):
     assert_equal(final_checkpoint(resumed), final_checkpoint(whole))
 
 
+def test_killed_before_the_final_checkpoint(make_cfg):
+    """The last iteration has been saved, model_final.pth not: resuming writes it."""
+    cfg = make_cfg(CONFIG, "SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.MAX_ITER", "4", "SEED", "5")
+    whole, killed = in_folder(cfg, "whole"), in_folder(cfg, "killed")
+    start(whole)
+    start(killed)
+    (Path(killed.OUTPUT_DIR) / "model_final.pth").unlink()
+    (Path(killed.OUTPUT_DIR) / "last_checkpoint").write_text("model_0000003.pth")
+    assert start(killed, resume=True).start_iter == 4
+    assert_equal(final_checkpoint(killed), final_checkpoint(whole))
+
+
 def test_two_interruptions_without_a_seed(make_cfg):
     """A random seed is kept, too. Here the order of aspect ratios matters as well."""
     cfg = make_cfg(CONFIG, "SEED", "-1", "SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.MAX_ITER", "5")

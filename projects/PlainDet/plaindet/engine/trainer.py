@@ -129,6 +129,18 @@ class PlainTrainer(DefaultTrainer):
                 if isinstance(hook, (hooks.EvalHook, hooks.BestCheckpointer)):
                     hook.after_step()
 
+        if 0 < self.max_iter <= self.start_iter:
+            self._write_final_checkpoint()
+
+    def _write_final_checkpoint(self) -> None:
+        # The run was killed after the checkpoint of its last iteration, and before the final one,
+        # which Detectron2 writes behind an iteration alone.
+        path = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else ""
+        if path and os.path.basename(path) != "model_final.pth":
+            self.iter = self.storage.iter = self.max_iter - 1
+            self._exact_resume.collect()
+            self.checkpointer.save("model_final", iteration=self.iter)
+
     def set_seed(self, seed: int) -> None:
         """Everything random in the run follows `seed` from here on."""
         self.cfg = _with_seed(self.cfg, seed)
