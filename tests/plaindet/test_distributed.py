@@ -7,8 +7,6 @@ GN take their place), and CrossKD's alignment of features, as in the original (s
 other losses and strategy "mimicking" follow).
 """
 
-import os
-
 import pytest
 import torch
 from detectron2.engine import launch
@@ -76,20 +74,20 @@ def _one_thread():
 
 
 @pytest.fixture(scope="module")
-def distributed_results():
+def results():
     return {}
 
 
 @pytest.fixture
-def cfgs(make_method_cfg, tmp_path_factory, distributed_results):
-    if "cfgs" not in distributed_results:
-        folder = str(tmp_path_factory.mktemp("distributed"))
-        distributed_results["cfgs"] = [
+def both_results(make_method_cfg, tmp_path, results):
+    """The results of all cases of two processes, in one launch, and of one process."""
+    if not results:
+        cfgs = [
             make_method_cfg(
                 method,
                 detector,
                 *("SOLVER.IMS_PER_BATCH", "4", "DATALOADER.ASPECT_RATIO_GROUPING", "False"),
-                *("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "GN", "OUTPUT_DIR", folder),
+                *("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "GN"),
                 # So that the sum of class probabilities in a process, GFL's normaliser of boxes, is
                 # not below its minimum of 1.
                 *("MODEL.GFL.PRIOR_PROB", "0.5"),
@@ -97,24 +95,17 @@ def cfgs(make_method_cfg, tmp_path_factory, distributed_results):
             )
             for method, detector, _, _, more in CASES
         ]
-    return distributed_results["cfgs"]
-
-
-@pytest.fixture
-def two_processes(cfgs, distributed_results):
-    """The results of all cases, in one launch."""
-    if "results" not in distributed_results:
-        path = os.path.join(cfgs[0].OUTPUT_DIR, "results.pth")
+        path = str(tmp_path / "results.pth")
         launch(compute_all, num_gpus_per_machine=2, dist_url="auto", args=(cfgs, path))
-        distributed_results["results"] = torch.load(path, weights_only=True)
-    return distributed_results["results"]
+        results["two"] = torch.load(path, weights_only=True)
+        results["one"] = [losses_and_gradients(cfg, case[2]) for cfg, case in zip(cfgs, CASES)]
+    return results["two"], results["one"]
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=NAMES)
-def test_two_processes_follow_one(case, cfgs, two_processes):
-    _, _, distance_enabled, following, _ = CASES[case]
-    losses, gradients = two_processes[case]
-    expected_losses, expected_gradients = losses_and_gradients(cfgs[case], distance_enabled)
+def test_two_processes_follow_one(case, both_results):
+    following = CASES[case][3]
+    (losses, gradients), (expected_losses, expected_gradients) = (x[case] for x in both_results)
     assert losses.keys() == expected_losses.keys()
     assert (following or set()) <= losses.keys()
     for name in following or losses:
@@ -127,14 +118,10 @@ def test_two_processes_follow_one(case, cfgs, two_processes):
             torch.testing.assert_close(gradients[name], expected, rtol=0, atol=1e-5 * (1 + scale))
 
 
-def test_retinanets_own_losses(cfgs, two_processes):
+def test_retinanets_own_losses(both_results):
     """What is left out above, and why."""
     (case,) = (i for i, x in enumerate(CASES) if x[:2] == ("crosskd", "retinanet"))
-    seed_everything(0)
-    trainer = train_net.trainer_class(cfgs[case])(cfgs[case])
-    with EventStorage():
-        expected = trainer.model(next(iter(trainer.data_loader)))
+    losses, expected = (x[case][0] for x in both_results)
     assert set(expected) - {"loss_kd_cls", "loss_kd_box"} == {"loss_cls", "loss_box_reg"}
     # The normalisers start at 100 for two images as for four, and move by a tenth.
-    ratio = two_processes[case][0]["loss_cls"] / expected["loss_cls"]
-    assert ratio.item() == pytest.approx(0.5, rel=0.05)
+    assert (losses["loss_cls"] / expected["loss_cls"]).item() == pytest.approx(0.5, rel=0.05)
