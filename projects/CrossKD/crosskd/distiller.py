@@ -59,7 +59,7 @@ class CrossKDDistiller(TrainingOnlyModules):
 
     def training_losses(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
         """The losses of an iteration: the plain detector's, and `loss_kd_*` of the distillation."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has to define training_losses")
 
 
 def check_option(key: str, value, expected) -> None:
