@@ -6,11 +6,16 @@ PYTHON := $(VENV)/bin/python
 # One stamp for each choice of Detectron2, so that another choice installs again.
 STAMP := $(VENV)/.installed-$(firstword $(shell echo "$(DETECTRON2)" | cksum))
 
+# The studies, their data sets, and how many of their runs are trained at the same time.
+STUDIES ?= $(filter-out Base%,$(notdir $(basename $(wildcard configs/studies/*.yaml))))
+DATA ?= shapes
+JOBS ?= 1
+
 # Threads that wait for each other should not keep the data loader's workers off the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install test golden lint format demo demo-crosskd bench soak
+.PHONY: help install test golden lint format demo demo-crosskd study study-smoke bench soak
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -42,6 +47,13 @@ demo: $(STAMP)  ## baseline, LabelEnc step 1 and step 2, and a report (DATASET=<
 
 demo-crosskd: $(STAMP)  ## teacher, student and CrossKD, and a report (DATASET=<folder>)
 	$(PYTHON) tools/demo_crosskd.py $(if $(DATASET),--dataset "$(DATASET)")
+
+study: $(STAMP)  ## all studies with three seeds, hours (DATA="shapes <folder> ...", JOBS=<at the same time>)
+	$(PYTHON) tools/study.py $(STUDIES) --data $(DATA) --jobs $(JOBS)
+
+study-smoke: $(STAMP)  ## a part of two studies with one seed, half an hour
+	$(PYTHON) tools/study.py labelenc_table_1 crosskd_detectors --detectors retinanet gfl \
+		--seeds 1 --data $(DATA) --jobs $(JOBS)
 
 soak: $(STAMP)  ## kill and resume training runs at 51 random moments, and compare where they end
 	OMP_NUM_THREADS=1 $(PYTHON) tools/soak.py

@@ -17,9 +17,12 @@ import train_net
 from labelenc import save_step1_file
 from plaindet import read_config
 from plaindet.data.shapes import SHAPES_CLASSES
+from plaindet.engine import check_num_classes
+from plaindet.engine.checks import thing_classes
 from plaindet.pictures import DPI, PANEL_INCHES, detections_picture, save_sheet
 
 REPOSITORY = Path(__file__).parent.parent
+CONFIGS = REPOSITORY / "configs"
 
 
 def load_tool(name):
@@ -58,14 +61,17 @@ def test_demo(tiny_data, tmp_path, monkeypatch, capfd, name, last_row):
         assert (tmp_path / "tiny" / picture).stat().st_size > 10_000, picture
 
 
-def test_configs_of_the_demo_of_crosskd(read_cfg):
-    demo = load_tool("demo_crosskd")
-    for detector, (_, node) in demo.DETECTORS.items():
-        for config in demo.RUNS.values():
-            cfg = read_cfg(f"quick/{config.format(detector)}")
-            module = cfg.MODEL.META_ARCHITECTURE.replace("GeneralizedRCNN", "ROI_HEADS")
-            assert module.upper().endswith(node)
-            assert cfg.MODEL[node].NUM_CLASSES == 8  # of shapes
+def test_data_set_of_the_demos(tiny_data):
+    """The overrides for a data set fit every detector, and those of no data set are the shapes'."""
+    folder = Path(tiny_data[0][1]).parent.parent
+    demo, runs = load_tool("demo_crosskd"), load_tool("demo_runs")
+    for detector in demo.DETECTORS:
+        for overrides, num_classes in ((runs.dataset_overrides(str(folder)), 3), ([], 8)):
+            cfg = read_config(CONFIGS / f"quick/{detector}_R_18_baseline.yaml", overrides)
+            cfg.MODEL.DEVICE = "cpu"
+            check_num_classes(cfg, build_model(cfg))
+            assert len(thing_classes(cfg.DATASETS.TRAIN[0])) == num_classes
+    assert runs.dataset_overrides(None) == []
 
 
 def test_benchmark(monkeypatch, capsys):

@@ -155,7 +155,7 @@ Detections with a score above {SCORE_THRESHOLD}.
 
 def main():
     args = parse_args(__doc__, "output/demo")
-    dataset = dataset_overrides(args.dataset, "MODEL.RETINANET.NUM_CLASSES")
+    dataset = dataset_overrides(args.dataset)
     for name, config in RUNS.items():
         train(args.output / name, config, run_overrides(args.output, name, dataset))
     cfgs = {name: read_run_config(args.output, name, dataset) for name in RUNS}

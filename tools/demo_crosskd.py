@@ -29,14 +29,13 @@ from demo_runs import (
 from detectors import load_model
 from visualize_distillation import SCORE_THRESHOLD, draw_row
 
-# Their names, and the config nodes with their numbers of classes.
 DETECTORS = {
-    "gfl": ("GFL", "GFL"),
-    "retinanet": ("RetinaNet", "RETINANET"),
-    "atss": ("ATSS", "ATSS"),
-    "fcos": ("FCOS", "FCOS"),
-    "faster_rcnn": ("Faster R-CNN", "ROI_HEADS"),
-    "mask_rcnn": ("Mask R-CNN", "ROI_HEADS"),
+    "gfl": "GFL",
+    "retinanet": "RetinaNet",
+    "atss": "ATSS",
+    "fcos": "FCOS",
+    "faster_rcnn": "Faster R-CNN",
+    "mask_rcnn": "Mask R-CNN",
 }
 RUNS = {
     "teacher": "{}_R_34_teacher.yaml",
@@ -111,8 +110,8 @@ def add_arguments(parser) -> None:
 
 def main():
     args = parse_args(__doc__, "output/demo_crosskd", add_arguments)
-    detector, node = DETECTORS[args.detector]
-    dataset = dataset_overrides(args.dataset, f"MODEL.{node}.NUM_CLASSES")
+    detector = DETECTORS[args.detector]
+    dataset = dataset_overrides(args.dataset)
     cfgs = {}
     for name, config in RUNS.items():
         config = config.format(args.detector)

@@ -10,9 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
 
+from plaindet import add_plaindet_config
 from plaindet.data import find_coco_folder, register_coco_format
 from plaindet.engine.checks import thing_classes
 
@@ -33,16 +34,24 @@ def parse_args(description: str, output: str, add_arguments=lambda parser: None)
     return args
 
 
-def dataset_overrides(folder: str | None, num_classes_key: str) -> list[str]:
-    """The config overrides for a data set; none for the built-in one."""
+def dataset_overrides(folder: str | None) -> list[str]:
+    """The config overrides for a data set, for any detector; none for the built-in one."""
     if folder is None:
         return []
     train, val = datasets = find_coco_folder(folder)
     register_coco_format(datasets)
+    num_classes = str(len(thing_classes(train[0])))
+    cfg = get_cfg()
+    add_plaindet_config(cfg)
+    detectors = [
+        key
+        for key, node in cfg.MODEL.items()
+        if isinstance(node, CfgNode) and "NUM_CLASSES" in node
+    ]
     return [
         *("DATASETS.COCO_FORMAT", str([list(dataset) for dataset in datasets])),
         *("DATASETS.TRAIN", str((train[0],)), "DATASETS.TEST", str((val[0],))),
-        *(num_classes_key, str(len(thing_classes(train[0])))),
+        *(item for key in detectors for item in (f"MODEL.{key}.NUM_CLASSES", num_classes)),
     ]
 
 

@@ -1,0 +1,315 @@
+"""Studies: what they plan, train and report."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import study
+
+from crosskd import add_crosskd_config
+from labelenc import add_labelenc_config
+from plaindet import read_config
+
+import study_report
+
+STUDIES = sorted(p.stem for p in study.STUDIES.glob("*.yaml") if not p.stem.startswith("Base"))
+TINY = """
+title: A study
+question: Is it better?
+detectors: {gfl: GFL}
+overrides:
+  DATALOADER.NUM_WORKERS: 0
+  INPUT.MIN_SIZE_TRAIN: (64,)
+  INPUT.MIN_SIZE_TEST: 64
+  SOLVER.IMS_PER_BATCH: 2
+  SOLVER.MAX_ITER: 10
+  SOLVER.STEPS: (8,)
+  SOLVER.CHECKPOINT_PERIOD: 1
+  TEST.EVAL_PERIOD: 5
+rows:
+  teacher:
+    title: teacher
+    config: "{detector}_R_18_baseline.yaml"
+    overrides: {SOLVER.BASE_LR: 0.01}
+  student:
+    title: student
+    config: "{detector}_R_18_baseline.yaml"
+    paper: 30.0
+  crosskd:
+    title: CrossKD
+    config: "{detector}_R_18_crosskd.yaml"
+    overrides:
+      MODEL.CROSSKD.TEACHER.CONFIG_FILE: "{teacher}/plain_config.yaml"
+      MODEL.CROSSKD.TEACHER.WEIGHTS: "{teacher}/model_final.pth"
+    against: [student]
+    paper: {gfl: 32.0}
+"""
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_configs_of_studies(name, tmp_path):
+    """Every row is a config that trains for its schedule, from rows before it."""
+    content = study.read_study(name)
+    assert content["title"]
+    for detector in content["detectors"]:
+        runs = study.plan_runs(content, detector, "shapes", 1)
+        names = [run.name for run in runs.values()]
+        assert len(set(names)) == len(names)
+        for run in runs.values():
+            assert all(names.index(p.name) < names.index(run.name) for p in run.parents.values())
+            folders = {row: tmp_path / row for row in run.parents}
+            cfg = read_config(
+                study.CONFIGS / run.config,
+                [item.format_map(folders) for item in run.overrides],
+                [add_labelenc_config, add_crosskd_config],
+            )
+            assert 0 < cfg.SOLVER.STEPS[0] < cfg.SOLVER.STEPS[-1] < cfg.SOLVER.MAX_ITER
+            assert (
+                cfg.SOLVER.MAX_ITER > cfg.MODEL.LABELENC.WARMUP_ITERS or "step1" not in run.config
+            )
+            if cfg.MODEL.META_ARCHITECTURE.startswith("CrossKD"):
+                head = cfg.MODEL[cfg.MODEL.META_ARCHITECTURE.removeprefix("CrossKD").upper()]
+                assert cfg.MODEL.CROSSKD.POSITION <= head.NUM_CONVS
+                assert cfg.MODEL.CROSSKD.TEACHER.WEIGHTS.startswith(str(tmp_path))
+
+
+def test_rows_of_several_studies_are_one_run():
+    names = {}
+    for name in ("labelenc_table_1", "labelenc_tables_2_5"):
+        for seed in (1, 2):
+            runs = study.plan_runs(study.read_study(name), "retinanet", "shapes", seed)
+            names[name, seed] = {row: run.name for row, run in runs.items()}
+    first, second = (names[name, 1] for name in ("labelenc_table_1", "labelenc_tables_2_5"))
+    for row in ("baseline", "step1", "step2"):
+        assert first[row] == second[row]
+    assert len({*first.values(), *second.values()}) == len(first) + len(second) - 3
+    folder, seed = first["step2"].rsplit("/", 1)
+    assert (folder, seed) == (names["labelenc_table_1", 2]["step2"].rsplit("/", 1)[0], "seed1")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("against: [student]", "against: [later]"), r"row crosskd names \['later'\]"),
+        (("{teacher}/model", "{student_2}/model"), r"row crosskd names \['student_2'\]"),
+    ],
+)
+def test_study_that_names_unknown_rows(tmp_path, change, message):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(TINY.replace(*change))
+    with pytest.raises(ValueError, match=message):
+        study.read_study(str(path))
+    with pytest.raises(FileNotFoundError, match="no study nothing"):
+        study.read_study("nothing")
+    with pytest.raises(ValueError, match=r"--detectors: found \['fcos'\], expected some of"):
+        study.read_study("crosskd_ablations", ["fcos"])
+
+
+@pytest.fixture
+def start(tmp_path, tiny_data):
+    """Returns a function that starts the tiny study, and returns its process and output folder."""
+    (tmp_path / "tiny_study.yaml").write_text(TINY)
+    folder = Path(tiny_data[0][1]).parent.parent
+
+    def run(output, *arguments):
+        command = [sys.executable, "-W", "ignore", str(study.REPOSITORY / "tools" / "study.py")]
+        command += [str(tmp_path / "tiny_study.yaml"), "--data", str(folder)]
+        command += ["--output", str(tmp_path / output), *arguments]
+        # Its own session, so that it can be killed with the training that it has started.
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        return process, tmp_path / output
+
+    return run
+
+
+def without_times(output):
+    lines = (output / "results.jsonl").read_text().splitlines()
+    results = [json.loads(line) for line in lines]
+    for result in results:
+        assert result.pop("minutes") > 0
+        assert result.pop("seconds per iteration") > 0
+        # The folders of the teacher are those of the study.
+        result["overrides"] = [str(item) for item in result["overrides"]]
+    return results
+
+
+def test_study_that_is_killed(start):
+    """Killed with and without its training, it ends in the results of one that is not."""
+    process, whole = start("whole", "--seeds", "1", "--jobs", "2")
+    log = process.communicate()[0]
+    assert process.returncode == 0, log
+    assert len(re.findall(r"of 3 runs", log)) == 3
+
+    process, killed = start("killed", "--seeds", "1")
+    wait_for(killed, "*baseline*/seed1/model_0000001.pth")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    process, _ = start("killed", "--seeds", "1")
+    wait_for(killed, "*crosskd*/seed1/log.txt")
+    process.kill()  # and not the training
+    process.communicate()
+    process, _ = start("killed", "--seeds", "1")
+    log = process.communicate()[0]
+    assert process.returncode == 0, log
+    assert "1 of 1 runs" in log
+
+    results = without_times(killed)
+    assert results == without_times(whole)
+    assert [result["iterations"] for result in results] == [10, 10, 10]
+    assert all([i for i, _ in result["learning curve"]] == [5, 10] for result in results)
+
+    # Nothing is left to do; the checkpoints are those that others start from.
+    process, _ = start("whole", "--seeds", "1")
+    assert "of" not in re.sub("Report: .*", "", process.communicate()[0])
+    finals = [path.parent.parent.name for path in whole.glob("runs/*/*/*/model_final.pth")]
+    teacher = next(r for r in results if r["config"] == "gfl_R_18_crosskd.yaml")["starts from"]
+    assert finals == [teacher["teacher"].split("/")[1]]
+    assert not list(whole.glob("runs/*/*/*/model_0*.pth"))
+
+    report = (whole / "tiny_study" / "tiny" / "report.md").read_text()
+    assert "Finished runs: 3 of 3" in report
+    assert "| GFL | CrossKD | student | 1 |" in report
+    assert "claims by 1 AP or more: 1; 0 reproduced, 0 contradicted, 1 undecided" in report
+    assert (whole / "tiny_study" / "tiny" / "report.png").stat().st_size > 10_000
+
+
+def wait_for(output, pattern):
+    for _ in range(600):
+        if list(output.glob(f"runs/*/{pattern}")):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"no {pattern} after a minute")
+
+
+def test_failed_run(start, monkeypatch):
+    """It is named, with what starts from it; the others are trained, and the report is written."""
+    process, output = start("failed", "--seeds", "1")
+    wait_for(output, "*/seed1/lock")
+    folder = next(output.glob("runs/*/*/seed1"))
+    (folder / "metrics.json").mkdir()  # so that the writer of the metrics fails
+    log = process.communicate()[0]
+    assert process.returncode == 1
+    failed = log.split("start from one that did:\n")[1].split()
+    assert len(failed) == 2
+    assert "gfl_R_18_crosskd" in failed[1]
+    assert f"exit code 1, see {folder / 'output.txt'}" in log
+    assert "Finished runs: 1 of 3" in (output / "tiny_study" / "tiny" / "report.md").read_text()
+
+
+def test_two_studies_in_one_folder(start):
+    process, output = start("same", "--seeds", "1")
+    wait_for(output, "*/seed1/lock")
+    other, _ = start("same")
+    assert "Another study is running in" in other.communicate()[0]
+    assert other.returncode == 1
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def make_study(papers):
+    return {
+        "title": "Title",
+        "question": "Question?",
+        "detectors": {"gfl": "GFL"},
+        "rows": {
+            "plain": {"title": "plain", "config": "a_baseline.yaml", "paper": papers[0]},
+            "ours": {
+                "title": "ours",
+                "config": "ours.yaml",
+                "against": ["plain"],
+                "paper": papers[1],
+            },
+        },
+    }
+
+
+def make_results(aps, starts_from=()):
+    """The results of a row, one for each seed."""
+    return [
+        {
+            "name": f"data/{aps}/seed{seed}",
+            "config": "a_baseline.yaml",
+            "starts from": {str(i): runs[seed - 1]["name"] for i, runs in enumerate(starts_from)},
+            "seed": seed,
+            "iterations": 100,
+            "AP": ap,
+            "AP50": ap + 20,
+            "AP75": ap - 10,
+            "minutes": 2.0,
+            "seconds per iteration": 1.2,
+            "learning curve": [[50, ap / 2], [100, ap]],
+        }
+        for seed, ap in enumerate(aps, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("aps", "papers", "verdict"),
+    [
+        # Differences 2, 3, 4: 3 +- 4.303 / sqrt(3) = 3 +- 2.48
+        ([12, 23, 34], (38.7, 40.0), "reproduced"),
+        ([12, 23, 34], (37.7, 38.7), "reproduced"),  # 1.0000000000000036 or so
+        ([12, 23, 34], (38.7, 37.0), "contradicted"),
+        ([12, 23, 34], (38.7, 38.0), "better"),
+        ([12, 23, 34], (None, 38.0), "better"),
+        ([8, 17, 26], (38.7, 40.0), "contradicted"),
+        ([8, 17, 26], (38.7, 37.0), "reproduced"),
+        ([8, 17, 26], (38.7, 38.7), "worse"),
+        # Differences -1, 3, 4: 2 +- 6.57
+        ([9, 23, 34], (38.7, 40.0), "undecided"),
+        ([9, 23, 34], (38.7, 38.8), "no difference shown"),
+        ([22], (38.7, 40.0), "undecided"),
+    ],
+)
+def test_verdict(aps, papers, verdict, tmp_path):
+    tables = {"gfl": {"plain": make_results([10, 20, 30]), "ours": make_results(aps)}}
+    results = {run["name"]: run for runs in tables["gfl"].values() for run in runs}
+    (comparison,) = study_report.compare(make_study(papers), tables, results)
+    assert comparison.verdict == verdict
+    assert comparison.seeds == len(aps)
+    assert comparison.mean == pytest.approx(
+        sum(aps) / len(aps) - 20 * (len(aps) == 3) - 10 * (len(aps) == 1)
+    )
+    if aps == [12, 23, 34]:
+        assert comparison.half_width == pytest.approx(4.302652729911275 / math.sqrt(3))
+        assert "3.0 AP above plain, interval +0.5 to +5.5." in str(comparison)
+    counted = "\n".join(study_report.summary([comparison]))
+    assert ("claims by 1 AP or more: 1;" in counted) == (
+        verdict in ("reproduced", "contradicted", "undecided")
+    )
+    assert (f"**{verdict}**: GFL, ours" in counted) == comparison.is_claim
+
+
+def test_totals_count_each_run_once():
+    """A teacher and a student that starts from it, and a run that starts from both."""
+    teacher = make_results([1.0])
+    student = make_results([2.0], [teacher])
+    both = make_results([3.0], [teacher, student])
+    results = {run["name"]: run for run in (*teacher, *student, *both)}
+    assert study_report.total(both[0], results, "iterations") == 300
+    assert study_report.total(both[0], results, "minutes") == pytest.approx(6)
+
+
+def test_where_a_baseline_stops():
+    study_content, runs = make_study((None, None)), make_results([10.0, 30.0])
+    for run in runs:
+        run["learning curve"] = [[50, run["AP"] - 4], [80, run["AP"] - 1], [100, run["AP"]]]
+    (sentence, _) = study_report.stopping_points(
+        study_content, {"gfl": {"plain": runs, "ours": []}}
+    )
+    assert "plain: stops at 20.0 AP after 100 iterations, past its steepest part" in sentence
+    assert "+32.0 AP from iteration 0 to 50" in sentence
+    assert "+5.0 AP from 80 to 100" in sentence

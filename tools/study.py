@@ -1,0 +1,342 @@
+#!/usr/bin/env python
+"""Trains the rows of studies with several seeds, and reports what they show.
+
+    python tools/study.py STUDY [STUDY ...] [--data shapes <COCO-format folder> ...] [--seeds 3]
+        [--detectors NAME ...] [--jobs 1] [--output output/studies] [--report-only]
+
+A study is the name of a file in configs/studies, or a yaml file like those. It has detectors,
+overrides, and rows, each of which has
+
+* config: a file of configs/quick, in whose name {detector} is the detector,
+* overrides: of its config; {ROW} is the output folder of an earlier row, which it starts from,
+* against: the earlier rows that it is compared with,
+* paper: the AP in the paper.
+
+A mapping, as a value of overrides or as the paper's AP, has a value for each detector.
+
+Every row is a run of train_net.py. Its result is a line of <output>/results.jsonl; rows that train
+the same, of one study or of several, are one run. Finished runs are skipped, interrupted ones are
+continued. Checkpoints are kept of those that others start from. Each study gets a report for each
+data set, <output>/<study>/<data set>/report.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import math
+import os
+import statistics
+import string
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from detectron2.config import CfgNode
+
+from demo_runs import CONFIGS, REPOSITORY, dataset_overrides
+from study_report import write_report
+
+STUDIES = REPOSITORY / "configs" / "studies"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row of a study for a detector, a data set and a seed."""
+
+    name: str  # its folder
+    config: str
+    overrides: tuple[str, ...]  # KEY VALUE pairs, where {ROW} is the folder of an earlier row
+    seed: int
+    data: tuple[str, ...]  # the overrides of the data set
+    parents: dict[str, Run]  # the runs that it starts from, by row
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "studies",
+        nargs="+",
+        metavar="STUDY",
+        help=", ".join(sorted(p.stem for p in STUDIES.glob("*.yaml") if p.stem[:4] != "Base")),
+    )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=["shapes"],
+        metavar="DATA",
+        help="the built-in shapes, or folders in COCO format; default: shapes",
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="how many: 1, 2, ... (3)")
+    parser.add_argument("--detectors", nargs="+", metavar="NAME", help="some of the studies'")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (1)")
+    parser.add_argument("--output", type=Path, default=Path("output/studies"))
+    parser.add_argument("--report-only", action="store_true", help="train nothing")
+    return parser.parse_args()
+
+
+def read_study(name: str, detectors: list[str] | None = None) -> dict:
+    """The content of a study's file, for some of its detectors.
+
+    Raises:
+        FileNotFoundError: there is no such study.
+        ValueError: a row names one that does not come before it; none of the detectors is in it.
+    """
+    path = Path(name) if name.endswith(".yaml") else STUDIES / f"{name}.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no study {name}: {path} does not exist")
+    study = CfgNode.load_yaml_with_base(str(path))
+    earlier = set()
+    for row_name, row in study["rows"].items():
+        unknown = {*row.get("against", ()), *_parents(row)} - earlier
+        if unknown:
+            raise ValueError(
+                f"{path}: row {row_name} names {sorted(unknown)}, expected rows before it"
+            )
+        earlier.add(row_name)
+    if detectors:
+        chosen = {key: value for key, value in study["detectors"].items() if key in detectors}
+        if not chosen:
+            raise ValueError(
+                f"--detectors: found {detectors}, expected some of {list(study['detectors'])}, "
+                f"those of {path}"
+            )
+        study["detectors"] = chosen
+    return study
+
+
+def _parents(row: dict) -> set[str]:
+    """The rows whose folders are in the overrides of a row."""
+    values = (value for value in row.get("overrides", {}).values() if isinstance(value, str))
+    fields = (field for value in values for _, field, _, _ in string.Formatter().parse(value))
+    return {field for field in fields if field}
+
+
+def plan_runs(study: dict, detector: str, dataset: str, seed: int) -> dict[str, Run]:
+    """The runs of all rows of a study, by row. Those that train the same have the same name, also
+    in another study.
+
+    Args:
+        dataset: shapes, or a folder in COCO format.
+    """
+    is_built_in = dataset == "shapes"
+    data = dataset_overrides(None if is_built_in else dataset)
+    runs = {}
+    for row_name, row in study["rows"].items():
+        config = row["config"].format(detector=detector)
+        overrides = {**study.get("overrides", {}), **row.get("overrides", {})}
+        overrides = {
+            key: str(value[detector] if isinstance(value, dict) else value)
+            for key, value in overrides.items()
+        }
+        parents = {parent: runs[parent] for parent in sorted(_parents(row))}
+        content = [
+            CfgNode.load_yaml_with_base(str(CONFIGS / config)),
+            overrides,
+            # Without the seeds, so that a row has one folder, with one for each seed in it.
+            {parent: os.path.dirname(run.name) for parent, run in parents.items()},
+        ]
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
+        runs[row_name] = Run(
+            name="/".join(
+                [
+                    dataset if is_built_in else Path(dataset).resolve().name,
+                    f"{Path(config).stem}-{digest.hexdigest()[:8]}",
+                    f"seed{seed}",
+                ]
+            ),
+            config=config,
+            overrides=tuple(item for pair in overrides.items() for item in pair),
+            seed=seed,
+            data=tuple(data),
+            parents=parents,
+        )
+    return runs
+
+
+def unfinished_runs(runs: list[Run], results: dict[str, dict], folder: Path) -> list[Run]:
+    """The runs to train: without a result, or without the files that another one starts from.
+
+    Args:
+        runs: each after its parents.
+        folder: the folder of all runs.
+    """
+    by_name = {}
+    for run in runs:
+        by_name.setdefault(run.name, run)
+    unfinished, starts = {}, set()
+    for run in reversed(by_name.values()):
+        has_files = (folder / run.name / "model_final.pth").is_file()
+        if run.name not in results or (run.name in starts and not has_files):
+            unfinished[run.name] = run
+            starts.update(parent.name for parent in run.parents.values())
+    return list(reversed(unfinished.values()))
+
+
+def train_all(runs: list[Run], results: dict[str, dict], output: Path, jobs: int) -> list[str]:
+    """Trains runs, each after its parents, and adds their results to <output>/results.jsonl.
+
+    Returns:
+        the names of the runs that failed, and of those that start from them
+    """
+    folder = output / "runs"
+    waiting = {run.name: run for run in unfinished_runs(runs, results, folder)}
+    is_parent = {parent.name for run in runs for parent in run.parents.values()}
+    running, failed, number, start = {}, [], len(waiting), time.time()
+    with ThreadPoolExecutor(jobs) as executor:
+        while waiting or running:
+            for run in list(waiting.values()):
+                parents = {parent.name for parent in run.parents.values()}
+                if parents.intersection(failed):
+                    failed.append(waiting.pop(run.name).name)
+                elif len(running) < jobs and not parents.intersection(
+                    [*waiting, *(other.name for other in running.values())]
+                ):
+                    running[executor.submit(train, run, folder, jobs)] = waiting.pop(run.name)
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(future)
+                error = future.exception()
+                if error:
+                    failed.append(run.name)
+                    print(f"{run.name} failed: {error}", flush=True)
+                    continue
+                results[run.name] = future.result()
+                write_results(results, output)
+                remove_checkpoints(folder / run.name, keep_last=run.name in is_parent)
+                done, minutes = number - len(waiting) - len(running), (time.time() - start) / 60
+                ap = results[run.name]["AP"]
+                what = run.name if ap is None else f"{run.name}, AP {ap:.1f}"
+                print(f"{done} of {number} runs, {minutes:.0f} minutes: {what}", flush=True)
+    return failed
+
+
+def train(run: Run, folder: Path, jobs: int) -> dict:
+    """Trains a run with train_net.py, from where it was interrupted, and returns its result.
+
+    Raises:
+        RuntimeError: train_net.py failed.
+    """
+    own = folder / run.name
+    own.mkdir(parents=True, exist_ok=True)
+    starts = {row: folder / parent.name for row, parent in run.parents.items()}
+    command = [sys.executable, "-W", "ignore", str(REPOSITORY / "train_net.py"), "--resume"]
+    command += ["--config-file", str(CONFIGS / run.config), *run.data]
+    command += [item.format_map(starts) for item in run.overrides]
+    command += ["SEED", str(run.seed), "OUTPUT_DIR", str(own)]
+    threads = max(os.cpu_count() // jobs, 1)
+    # Threads that wait for each other should not keep other runs off the cores.
+    environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    with open(own / "lock", "w") as lock, open(own / "output.txt", "a") as output:
+        # The process of train_net.py holds the lock, too: it trains on if this one is killed, and
+        # the next study waits for it here.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code = subprocess.run(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            pass_fds=[lock.fileno()],
+        ).returncode
+    if code:
+        raise RuntimeError(f"exit code {code}, see {own / 'output.txt'}")
+    return read_result(run, own)
+
+
+def read_result(run: Run, folder: Path) -> dict:
+    """The line of results.jsonl for a run that is finished."""
+    metrics = []
+    for line in (folder / "metrics.json").read_text().splitlines():
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # the run was killed while it wrote this line
+    iterations = yaml.safe_load((folder / "config.yaml").read_text())["SOLVER"]["MAX_ITER"]
+    last = {key: value for line in metrics for key, value in line.items()}
+    # None at all in runs of a few iterations that were interrupted.
+    seconds = [line["time"] for line in metrics if "time" in line] or [math.nan]
+    cost = statistics.fmean(seconds)
+    curve = {
+        min(line["iteration"] + 1, iterations): _ap(line, "AP")
+        for line in metrics
+        if "bbox/AP" in line
+    }
+    return {
+        "name": run.name,
+        "config": run.config,
+        "overrides": run.overrides,
+        "starts from": {row: parent.name for row, parent in run.parents.items()},
+        "seed": run.seed,
+        "iterations": iterations,
+        **{key: _ap(last, key) for key in ("AP", "AP50", "AP75")},
+        "minutes": cost * iterations / 60,  # of training alone
+        "seconds per iteration": cost,
+        "learning curve": sorted(curve.items()),
+    }
+
+
+def _ap(metrics: dict, key: str) -> float | None:
+    """None for a run without a test set, as step 1 with the reconstruction alone."""
+    ap = metrics.get(f"bbox/{key}")
+    # COCOEvaluator's AP of no detections is NaN.
+    return ap if ap is None else 0.0 if math.isnan(ap) else round(ap, 3)
+
+
+def remove_checkpoints(folder: Path, keep_last: bool) -> None:
+    for path in folder.glob("model_*.pth"):
+        if not (keep_last and path.name == "model_final.pth"):
+            path.unlink()
+
+
+def read_results(output: Path) -> dict[str, dict]:
+    """The results so far, by the names of runs."""
+    path = output / "results.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {result["name"]: result for result in map(json.loads, lines)}
+
+
+def write_results(results: dict[str, dict], output: Path) -> None:
+    partial = output / "results.jsonl.partial"
+    partial.write_text("".join(json.dumps(result) + "\n" for _, result in sorted(results.items())))
+    partial.replace(output / "results.jsonl")
+
+
+def main():
+    args = parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    studies = {name: read_study(name, args.detectors) for name in args.studies}
+    results = read_results(args.output)
+    plans = {}  # (study, dataset) -> detector -> row -> the runs of all seeds
+    runs = []
+    for dataset in args.data:
+        for seed in range(1, args.seeds + 1):
+            for name, study in studies.items():
+                for detector in study["detectors"]:
+                    planned = plan_runs(study, detector, dataset, seed)
+                    runs += planned.values()
+                    rows = plans.setdefault((name, dataset), {}).setdefault(detector, {})
+                    for row, run in planned.items():
+                        rows.setdefault(row, []).append(run)
+
+    failed = []
+    if not args.report_only:
+        with open(args.output / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SystemExit(f"Another study is running in {args.output}") from None
+            failed = train_all(runs, results, args.output, args.jobs)
+    for (name, dataset), plan in plans.items():
+        folder = args.output / Path(name).stem / Path(dataset).resolve().name
+        print(f"Report: {write_report(studies[name], plan, results, folder)}")
+    if failed:
+        raise SystemExit("These runs failed, or start from one that did:\n" + "\n".join(failed))
+
+
+if __name__ == "__main__":
+    main()
