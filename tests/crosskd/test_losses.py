@@ -98,6 +98,30 @@ def test_align_features():
     close(features.grad, "align/grad_stu", atol=1e-5)
 
 
+@pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (1000.0, 1.0), (5.0, 0.02)])
+@pytest.mark.parametrize("shape", [(2, 3, 8, 9), (40, 3)])
+def test_align_features_in_float64(shape, mean, deviation):
+    """(x - mean(x)) / (std(x) + 1e-6) * std(y) + mean(y), and its gradient in x and y."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape) * deviation + mean, torch.randn(shape) * 3 - 2]
+    cotangent, dims = torch.randn(shape), [0, 2, 3][: len(shape) - 1]
+
+    def exact(x, y):
+        (std_x, mean_x), (std_y, mean_y) = (
+            torch.std_mean(z, dim=dims, keepdim=True) for z in (x, y)
+        )
+        return (x - mean_x) / (std_x + 1e-6) * std_y + mean_y
+
+    outputs = []
+    for function, dtype in ((align_features, torch.float32), (exact, torch.float64)):
+        tensors = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        output = function(*tensors)
+        gradients = torch.autograd.grad(output, tensors, cotangent.to(dtype))
+        outputs.append([tensor.double() for tensor in (output, *gradients)])
+    for actual, expected in zip(*outputs):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.std().item())
+
+
 def test_align_constant_channels():
     """A channel of one value becomes the reference's mean, with a finite gradient."""
     features = get("align/const_stu").requires_grad_()
