@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import study
+import yaml
+from detectron2.data import DatasetCatalog
 
 from crosskd import add_crosskd_config
 from labelenc import add_labelenc_config
 from plaindet import read_config
+from plaindet.config import merge_config
 
 import study_report
 
@@ -54,20 +57,20 @@ rows:
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_configs_of_studies(name, tmp_path):
+def test_configs_of_studies(name, tmp_path, tiny_data):
     """Every row is a config that trains for its schedule, from rows before it."""
-    content = study.read_study(name)
+    content, folder = study.read_study(name), Path(tiny_data[0][1]).parent.parent
     assert content["title"]
     for detector in content["detectors"]:
-        runs = study.plan_runs(content, detector, "shapes", 1)
+        runs = study.plan_runs(content, detector, str(folder), 1, tmp_path)
         names = [run.name for run in runs.values()]
         assert len(set(names)) == len(names)
         for run in runs.values():
             assert all(names.index(p.name) < names.index(run.name) for p in run.parents.values())
             folders = {row: tmp_path / row for row in run.parents}
-            cfg = read_config(
+            cfg = merge_config(
                 study.CONFIGS / run.config,
-                [item.format_map(folders) for item in run.overrides],
+                [*run.data, *(item.format_map(folders) for item in run.overrides)],
                 [add_labelenc_config, add_crosskd_config],
             )
             assert 0 < cfg.SOLVER.STEPS[0] < cfg.SOLVER.STEPS[-1] < cfg.SOLVER.MAX_ITER
@@ -84,7 +87,7 @@ def test_rows_of_several_studies_are_one_run():
     names = {}
     for name in ("labelenc_table_1", "labelenc_tables_2_5"):
         for seed in (1, 2):
-            runs = study.plan_runs(study.read_study(name), "retinanet", "shapes", seed)
+            runs = study.plan_runs(study.read_study(name), "retinanet", "shapes", seed, None)
             names[name, seed] = {row: run.name for row, run in runs.items()}
     first, second = (names[name, 1] for name in ("labelenc_table_1", "labelenc_tables_2_5"))
     for row in ("baseline", "step1", "step2"):
@@ -92,6 +95,31 @@ def test_rows_of_several_studies_are_one_run():
     assert len({*first.values(), *second.values()}) == len(first) + len(second) - 3
     folder, seed = first["step2"].rsplit("/", 1)
     assert (folder, seed) == (names["labelenc_table_1", 2]["step2"].rsplit("/", 1)[0], "seed1")
+
+
+def test_part_of_the_images(tmp_path, tiny_data):
+    """A row with a fraction trains on that part, the smaller one within the larger one."""
+    folder, images = Path(tiny_data[0][1]).parent.parent, {}
+    for fraction in (0.25, 0.5, 1.0):
+        overrides = study.write_part(str(folder), fraction, tmp_path)
+        cfg = read_config(study.CONFIGS / "gfl_R_18_baseline.yaml", overrides)
+        (name,) = cfg.DATASETS.TRAIN
+        dataset_dicts = DatasetCatalog.get(name)
+        images[fraction] = {d["image_id"]: len(d["annotations"]) for d in dataset_dicts}
+        assert all(Path(d["file_name"]).is_file() for d in dataset_dicts)
+    assert [len(part) for part in images.values()] == [2, 3, 6]
+    everything = DatasetCatalog.get("tiny_train")
+    assert images[1.0] == {d["image_id"]: len(d["annotations"]) for d in everything}
+    assert images[0.25].items() < images[0.5].items() < images[1.0].items()
+
+    (tmp_path / "part.yaml").write_text(TINY.replace("    paper: 30.0", "    fraction: 0.5"))
+    content = study.read_study(str(tmp_path / "part.yaml"))
+    runs = study.plan_runs(content, "gfl", str(folder), 1, tmp_path)
+    assert "tiny_train_3" in " ".join(runs["student"].data)
+    assert "tiny_train_3" not in " ".join(runs["teacher"].data)
+    whole = study.plan_runs(yaml.safe_load(TINY), "gfl", str(folder), 1, tmp_path)
+    assert whole["student"].name != runs["student"].name
+    assert whole["crosskd"].name == runs["crosskd"].name
 
 
 @pytest.mark.parametrize(
@@ -291,6 +319,21 @@ def test_verdict(aps, papers, verdict, tmp_path):
         verdict in ("reproduced", "contradicted", "undecided")
     )
     assert (f"**{verdict}**: GFL, ours" in counted) == comparison.is_claim
+
+
+def test_report_of_what_is_there(tmp_path):
+    """Without a detector's runs, without a row, and with a row that is in no plan."""
+    content, runs = make_study((38.7, 40.0)), make_results([10.0, 20.0])
+    content["detectors"]["fcos"] = "FCOS"
+    names = [study.Run(run["name"], "", (), run["seed"], (), {}) for run in runs]
+    plan = {"gfl": {"plain": names}, "fcos": {"plain": []}}
+    results = {run["name"]: run for run in runs}
+    report = study_report.write_report(content, plan, results, tmp_path / "study" / "data")
+    text = report.read_text()
+    assert "| plain | 2 | 100 | 100 | 1.20 | 2.0 | 15.0 ± 63.5 | 35.0 ± 63.5 |" in text
+    assert "FCOS" not in text
+    assert "by 1 AP or more: 0;" in text
+    assert (report.parent / "report.png").stat().st_size > 10_000
 
 
 def test_totals_count_each_run_once():

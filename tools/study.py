@@ -10,7 +10,8 @@ overrides, and rows, each of which has
 * config: a file of configs/quick, in whose name {detector} is the detector,
 * overrides: of its config; {ROW} is the output folder of an earlier row, which it starts from,
 * against: the earlier rows that it is compared with,
-* paper: the AP in the paper.
+* paper: the AP in the paper,
+* fraction: of the training images, of data sets in COCO format; all of them without it.
 
 A mapping, as a value of overrides or as the paper's AP, has a value for each detector.
 
@@ -28,6 +29,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import statistics
 import string
 import subprocess
@@ -39,6 +41,8 @@ from pathlib import Path
 
 import yaml
 from detectron2.config import CfgNode
+
+from plaindet.data import find_coco_folder
 
 from demo_runs import CONFIGS, REPOSITORY, dataset_overrides
 from study_report import write_report
@@ -118,17 +122,42 @@ def _parents(row: dict) -> set[str]:
     return {field for field in fields if field}
 
 
-def plan_runs(study: dict, detector: str, dataset: str, seed: int) -> dict[str, Run]:
+def write_part(folder: str, fraction: float, output: Path) -> list[str]:
+    """Writes the json file of a part of the training images of a COCO-format folder; smaller parts
+    are in larger ones.
+
+    Returns:
+        the config overrides with this part as the training set
+    """
+    train, val = find_coco_folder(folder)
+    content = json.loads(Path(train[1]).read_text())
+    random.Random(0).shuffle(content["images"])
+    content["images"] = content["images"][: math.ceil(fraction * len(content["images"]))]
+    ids = {image["id"] for image in content["images"]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+    name = f"{train[0]}_{len(ids)}"
+    path = output.resolve() / "data" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    datasets = [[name, str(path), train[2]], list(val)]
+    return ["DATASETS.COCO_FORMAT", str(datasets), "DATASETS.TRAIN", str((name,))]
+
+
+def plan_runs(study: dict, detector: str, dataset: str, seed: int, output: Path) -> dict[str, Run]:
     """The runs of all rows of a study, by row. Those that train the same have the same name, also
-    in another study.
+    in another study. Rows with a part of the training images are left out of the built-in data set.
 
     Args:
         dataset: shapes, or a folder in COCO format.
+        output: for the json files of parts of the data set.
     """
     is_built_in = dataset == "shapes"
     data = dataset_overrides(None if is_built_in else dataset)
     runs = {}
     for row_name, row in study["rows"].items():
+        fraction = row.get("fraction")
+        if fraction and is_built_in:
+            continue
         config = row["config"].format(detector=detector)
         overrides = {**study.get("overrides", {}), **row.get("overrides", {})}
         overrides = {
@@ -141,6 +170,7 @@ def plan_runs(study: dict, detector: str, dataset: str, seed: int) -> dict[str, 
             overrides,
             # Without the seeds, so that a row has one folder, with one for each seed in it.
             {parent: os.path.dirname(run.name) for parent, run in parents.items()},
+            *([fraction] if fraction else []),
         ]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
         runs[row_name] = Run(
@@ -154,7 +184,7 @@ def plan_runs(study: dict, detector: str, dataset: str, seed: int) -> dict[str, 
             config=config,
             overrides=tuple(item for pair in overrides.items() for item in pair),
             seed=seed,
-            data=tuple(data),
+            data=(*data, *(write_part(dataset, fraction, output) if fraction else ())),
             parents=parents,
         )
     return runs
@@ -317,7 +347,7 @@ def main():
         for seed in range(1, args.seeds + 1):
             for name, study in studies.items():
                 for detector in study["detectors"]:
-                    planned = plan_runs(study, detector, dataset, seed)
+                    planned = plan_runs(study, detector, dataset, seed, args.output)
                     runs += planned.values()
                     rows = plans.setdefault((name, dataset), {}).setdefault(detector, {})
                     for row, run in planned.items():
@@ -332,6 +362,10 @@ def main():
                 raise SystemExit(f"Another study is running in {args.output}") from None
             failed = train_all(runs, results, args.output, args.jobs)
     for (name, dataset), plan in plans.items():
+        planned = (run for rows in plan.values() for row in rows.values() for run in row)
+        if not any(run.name in results for run in planned):
+            print(f"No run of {name} on {dataset} is finished, so there is no report")
+            continue
         folder = args.output / Path(name).stem / Path(dataset).resolve().name
         print(f"Report: {write_report(studies[name], plan, results, folder)}")
     if failed:

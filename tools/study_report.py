@@ -23,7 +23,7 @@ def write_report(study: dict, plan: dict, results: dict[str, dict], folder: Path
 
     Args:
         study: the content of its file.
-        plan: detector -> row -> its runs, one for each seed.
+        plan: detector -> row -> its runs, one for each seed. Rows may be left out.
         results: by the names of runs; those that are missing are named.
         folder: of the report.
 
@@ -33,11 +33,12 @@ def write_report(study: dict, plan: dict, results: dict[str, dict], folder: Path
     folder.mkdir(parents=True, exist_ok=True)
     tables = {
         detector: {
-            row: [results[run.name] for run in runs if run.name in results]
-            for row, runs in rows.items()
+            row: [results[run.name] for run in rows.get(row, ()) if run.name in results]
+            for row in study["rows"]
         }
         for detector, rows in plan.items()
     }
+    tables = {detector: rows for detector, rows in tables.items() if any(rows.values())}
     comparisons = compare(study, tables, results)
     draw(study, tables, results, folder / "report.png")
     parts = [
@@ -53,7 +54,6 @@ def write_report(study: dict, plan: dict, results: dict[str, dict], folder: Path
         *(
             f"### {study['detectors'][detector]}\n\n{row_table(study, detector, rows, results)}\n"
             for detector, rows in tables.items()
-            if any(rows.values())
         ),
         "## Where the baselines stop\n",
         *stopping_points(study, tables),
