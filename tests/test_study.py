@@ -85,13 +85,13 @@ def test_configs_of_studies(name, tmp_path, tiny_data):
 
 def test_rows_of_several_studies_are_one_run():
     names = {}
-    for name in ("labelenc_table_1", "labelenc_tables_2_5"):
+    for name in ("labelenc_table_1", "labelenc_tables_2_5", "labelenc_scaling"):
         for seed in (1, 2):
             runs = study.plan_runs(study.read_study(name), "retinanet", "shapes", seed, None)
             names[name, seed] = {row: run.name for row, run in runs.items()}
-    first, second = (names[name, 1] for name in ("labelenc_table_1", "labelenc_tables_2_5"))
+    first, second, third = (names[name, 1] for name, seed in names if seed == 1)
     for row in ("baseline", "step1", "step2"):
-        assert first[row] == second[row]
+        assert first[row] == second[row] == third[f"{row}_2x"]
     assert len({*first.values(), *second.values()}) == len(first) + len(second) - 3
     folder, seed = first["step2"].rsplit("/", 1)
     assert (folder, seed) == (names["labelenc_table_1", 2]["step2"].rsplit("/", 1)[0], "seed1")

@@ -165,12 +165,12 @@ def plan_runs(study: dict, detector: str, dataset: str, seed: int, output: Path)
             for key, value in overrides.items()
         }
         parents = {parent: runs[parent] for parent in sorted(_parents(row))}
+        # Without the seeds, so that a row has one folder, with one for each seed in it.
+        starts = {parent: os.path.dirname(run.name) for parent, run in parents.items()}
         content = [
             CfgNode.load_yaml_with_base(str(CONFIGS / config)),
-            overrides,
-            # Without the seeds, so that a row has one folder, with one for each seed in it.
-            {parent: os.path.dirname(run.name) for parent, run in parents.items()},
-            *([fraction] if fraction else []),
+            {key: value.format_map(starts) for key, value in overrides.items()},
+            fraction,
         ]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
         runs[row_name] = Run(
