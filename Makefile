@@ -52,7 +52,7 @@ study: $(STAMP)  ## all studies with three seeds, hours (DATA="shapes <folder> .
 	$(PYTHON) tools/study.py $(STUDIES) --data $(DATA) --jobs $(JOBS)
 
 study-smoke: $(STAMP)  ## a part of two studies with one seed, half an hour
-	$(PYTHON) tools/study.py labelenc_table_1 crosskd_detectors --detectors retinanet gfl \
+	$(PYTHON) tools/study.py labelenc_table_1 crosskd_detectors --detectors fcos_imprv gfl \
 		--seeds 1 --data $(DATA) --jobs $(JOBS)
 
 soak: $(STAMP)  ## kill and resume training runs at 51 random moments, and compare where they end

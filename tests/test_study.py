@@ -4,14 +4,15 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 
 import pytest
-import study
 import yaml
 from detectron2.data import DatasetCatalog
 
@@ -20,9 +21,10 @@ from labelenc import add_labelenc_config
 from plaindet import read_config
 from plaindet.config import merge_config
 
+import study
+import study_plan
 import study_report
 
-STUDIES = sorted(p.stem for p in study.STUDIES.glob("*.yaml") if not p.stem.startswith("Base"))
 TINY = """
 title: A study
 question: Is it better?
@@ -56,20 +58,20 @@ rows:
 """
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", study_plan.study_names())
 def test_configs_of_studies(name, tmp_path, tiny_data):
     """Every row is a config that trains for its schedule, from rows before it."""
-    content, folder = study.read_study(name), Path(tiny_data[0][1]).parent.parent
+    content, folder = study_plan.read_study(name), Path(tiny_data[0][1]).parent.parent
     assert content["title"]
     for detector in content["detectors"]:
-        runs = study.plan_runs(content, detector, str(folder), 1, tmp_path)
+        runs = study_plan.plan_runs(content, detector, str(folder), 1, tmp_path)
         names = [run.name for run in runs.values()]
         assert len(set(names)) == len(names)
         for run in runs.values():
             assert all(names.index(p.name) < names.index(run.name) for p in run.parents.values())
             folders = {row: tmp_path / row for row in run.parents}
             cfg = merge_config(
-                study.CONFIGS / run.config,
+                study_plan.CONFIGS / run.config,
                 [*run.data, *(item.format_map(folders) for item in run.overrides)],
                 [add_labelenc_config, add_crosskd_config],
             )
@@ -83,26 +85,60 @@ def test_configs_of_studies(name, tmp_path, tiny_data):
                 assert cfg.MODEL.CROSSKD.TEACHER.WEIGHTS.startswith(str(tmp_path))
 
 
-def test_rows_of_several_studies_are_one_run():
-    names = {}
+def test_rows_of_several_studies_are_one_run(tmp_path, tiny_data):
+    names, folder = {}, Path(tiny_data[0][1]).parent.parent
     for name in ("labelenc_table_1", "labelenc_tables_2_5", "labelenc_scaling"):
         for seed in (1, 2):
-            runs = study.plan_runs(study.read_study(name), "retinanet", "shapes", seed, None)
+            runs = study_plan.plan_runs(
+                study_plan.read_study(name), "retinanet", "shapes", seed, None
+            )
             names[name, seed] = {row: run.name for row, run in runs.items()}
     first, second, third = (names[name, 1] for name, seed in names if seed == 1)
+    assert first["baseline_2x"] == second["baseline_2x"] == third["baseline_600"]
     for row in ("baseline", "step1", "step2"):
-        assert first[row] == second[row] == third[f"{row}_2x"]
-    assert len({*first.values(), *second.values()}) == len(first) + len(second) - 3
+        assert first[row] == second[row] == third[f"{row}_300"]
+    assert len({*first.values(), *second.values()}) == len(first) + len(second) - 4
     folder, seed = first["step2"].rsplit("/", 1)
     assert (folder, seed) == (names["labelenc_table_1", 2]["step2"].rsplit("/", 1)[0], "seed1")
+
+
+def test_chosen_detectors():
+    studies = {
+        name: study_plan.read_study(name) for name in ("crosskd_detectors", "labelenc_table_1")
+    }
+    study.choose_detectors(studies, None)
+    assert [len(content["detectors"]) for content in studies.values()] == [4, 3]
+    with pytest.raises(ValueError, match=r"--detectors: found \['gfl', 'fcso'\], expected some of"):
+        study.choose_detectors(studies, ["gfl", "fcso"])
+    study.choose_detectors(studies, ["gfl", "fcos_imprv"])
+    assert [list(content["detectors"]) for content in studies.values()] == [["gfl"], ["fcos_imprv"]]
+
+
+def test_data_sets_of_one_name(tmp_path, tiny_data):
+    """They are told apart by their annotations, and a copy is the same data set."""
+    original, names = Path(tiny_data[0][1]).parent.parent, []
+    for folder, ending in (("a", ""), ("b", " ")):
+        shutil.copytree(original, tmp_path / folder / "tiny")
+        path = tmp_path / folder / "tiny" / "annotations" / "val.json"
+        path.write_text(path.read_text() + ending)
+        names.append(study_plan.annotations_digest(str(tmp_path / folder / "tiny")))
+    assert names[0] == study_plan.annotations_digest(str(original)) != names[1]
+
+    content = study_plan.read_study("crosskd_ablations")
+    tiny, shapes = (
+        study_plan.plan_runs(content, "gfl", data, 1, tmp_path)["student"].name.split("/")
+        for data in (str(original), "shapes")
+    )
+    assert (tiny[0], shapes[0]) == ("tiny", "shapes")
+    assert tiny[1] != shapes[1]
 
 
 def test_part_of_the_images(tmp_path, tiny_data):
     """A row with a fraction trains on that part, the smaller one within the larger one."""
     folder, images = Path(tiny_data[0][1]).parent.parent, {}
     for fraction in (0.25, 0.5, 1.0):
-        overrides = study.write_part(str(folder), fraction, tmp_path)
-        cfg = read_config(study.CONFIGS / "gfl_R_18_baseline.yaml", overrides)
+        overrides = study_plan.write_part(str(folder), fraction, tmp_path)
+        cfg = read_config(study_plan.CONFIGS / "gfl_R_18_baseline.yaml", overrides)
         (name,) = cfg.DATASETS.TRAIN
         dataset_dicts = DatasetCatalog.get(name)
         images[fraction] = {d["image_id"]: len(d["annotations"]) for d in dataset_dicts}
@@ -113,11 +149,11 @@ def test_part_of_the_images(tmp_path, tiny_data):
     assert images[0.25].items() < images[0.5].items() < images[1.0].items()
 
     (tmp_path / "part.yaml").write_text(TINY.replace("    paper: 30.0", "    fraction: 0.5"))
-    content = study.read_study(str(tmp_path / "part.yaml"))
-    runs = study.plan_runs(content, "gfl", str(folder), 1, tmp_path)
+    content = study_plan.read_study(str(tmp_path / "part.yaml"))
+    runs = study_plan.plan_runs(content, "gfl", str(folder), 1, tmp_path)
     assert "tiny_train_3" in " ".join(runs["student"].data)
     assert "tiny_train_3" not in " ".join(runs["teacher"].data)
-    whole = study.plan_runs(yaml.safe_load(TINY), "gfl", str(folder), 1, tmp_path)
+    whole = study_plan.plan_runs(yaml.safe_load(TINY), "gfl", str(folder), 1, tmp_path)
     assert whole["student"].name != runs["student"].name
     assert whole["crosskd"].name == runs["crosskd"].name
 
@@ -133,20 +169,19 @@ def test_study_that_names_unknown_rows(tmp_path, change, message):
     path = tmp_path / "wrong.yaml"
     path.write_text(TINY.replace(*change))
     with pytest.raises(ValueError, match=message):
-        study.read_study(str(path))
+        study_plan.read_study(str(path))
     with pytest.raises(FileNotFoundError, match="no study nothing"):
-        study.read_study("nothing")
-    with pytest.raises(ValueError, match=r"--detectors: found \['fcos'\], expected some of"):
-        study.read_study("crosskd_ablations", ["fcos"])
+        study_plan.read_study("nothing")
 
 
 @pytest.fixture
 def start(tmp_path, tiny_data):
-    """Returns a function that starts the tiny study, and returns its process and output folder."""
-    (tmp_path / "tiny_study.yaml").write_text(TINY)
+    """Returns a function that starts the tiny study, or another one, and returns its process and
+    output folder."""
     folder = Path(tiny_data[0][1]).parent.parent
 
-    def run(output, *arguments):
+    def run(output, *arguments, content=TINY):
+        (tmp_path / "tiny_study.yaml").write_text(content)
         command = [sys.executable, "-W", "ignore", str(study.REPOSITORY / "tools" / "study.py")]
         command += [str(tmp_path / "tiny_study.yaml"), "--data", str(folder)]
         command += ["--output", str(tmp_path / output), *arguments]
@@ -169,8 +204,6 @@ def without_times(output):
     for result in results:
         assert result.pop("minutes") > 0
         assert result.pop("seconds per iteration") > 0
-        # The folders of the teacher are those of the study.
-        result["overrides"] = [str(item) for item in result["overrides"]]
     return results
 
 
@@ -212,6 +245,14 @@ def test_study_that_is_killed(start):
     assert "| GFL | CrossKD | student | 1 |" in report
     assert "claims by 1 AP or more: 1; 0 reproduced, 0 contradicted, 1 undecided" in report
     assert (whole / "tiny_study" / "tiny" / "report.png").stat().st_size > 10_000
+
+    # A study that starts from one of the others trains that again.
+    content = TINY.replace("{teacher}", "{student}")
+    process, _ = start("whole", "--seeds", "1", content=content)
+    log = process.communicate()[0]
+    assert process.returncode == 0, log
+    assert "2 of 2 runs" in log
+    assert [r for r in without_times(whole) if "baseline" in r["name"]] == results[:2]
 
 
 def wait_for(output, pattern):
@@ -300,6 +341,8 @@ def make_results(aps, starts_from=()):
         ([9, 23, 34], (38.7, 40.0), "undecided"),
         ([9, 23, 34], (38.7, 38.8), "no difference shown"),
         ([22], (38.7, 40.0), "undecided"),
+        ([22], (38.7, 38.8), "one seed"),
+        ([], (38.7, 40.0), "not measured"),
     ],
 )
 def test_verdict(aps, papers, verdict, tmp_path):
@@ -308,16 +351,15 @@ def test_verdict(aps, papers, verdict, tmp_path):
     (comparison,) = study_report.compare(make_study(papers), tables, results)
     assert comparison.verdict == verdict
     assert comparison.seeds == len(aps)
-    assert comparison.mean == pytest.approx(
-        sum(aps) / len(aps) - 20 * (len(aps) == 3) - 10 * (len(aps) == 1)
-    )
+    if aps:
+        assert comparison.mean == pytest.approx(fmean(ap - 10 * i for i, ap in enumerate(aps, 1)))
     if aps == [12, 23, 34]:
         assert comparison.half_width == pytest.approx(4.302652729911275 / math.sqrt(3))
         assert "3.0 AP above plain, interval +0.5 to +5.5." in str(comparison)
     counted = "\n".join(study_report.summary([comparison]))
-    assert ("claims by 1 AP or more: 1;" in counted) == (
-        verdict in ("reproduced", "contradicted", "undecided")
-    )
+    claims = ("reproduced", "contradicted", "undecided", "not measured")
+    assert (f"claims by {1} AP or more: 1;" in counted) == (verdict in claims)
+    assert f"{int(comparison.is_claim)} {verdict}" in counted or not comparison.is_claim
     assert (f"**{verdict}**: GFL, ours" in counted) == comparison.is_claim
 
 
@@ -325,7 +367,7 @@ def test_report_of_what_is_there(tmp_path):
     """Without a detector's runs, without a row, and with a row that is in no plan."""
     content, runs = make_study((38.7, 40.0)), make_results([10.0, 20.0])
     content["detectors"]["fcos"] = "FCOS"
-    names = [study.Run(run["name"], "", (), run["seed"], (), {}) for run in runs]
+    names = [study_plan.Run(run["name"], "", (), run["seed"], (), {}) for run in runs]
     plan = {"gfl": {"plain": names}, "fcos": {"plain": []}}
     results = {run["name"]: run for run in runs}
     report = study_report.write_report(content, plan, results, tmp_path / "study" / "data")
@@ -347,12 +389,19 @@ def test_totals_count_each_run_once():
 
 
 def test_where_a_baseline_stops():
-    study_content, runs = make_study((None, None)), make_results([10.0, 30.0])
+    content, runs = make_study((None, None)), make_results([10.0, 30.0])
     for run in runs:
         run["learning curve"] = [[50, run["AP"] - 4], [80, run["AP"] - 1], [100, run["AP"]]]
-    (sentence, _) = study_report.stopping_points(
-        study_content, {"gfl": {"plain": runs, "ours": []}}
-    )
+    tables = {"gfl": {"plain": runs, "ours": make_results([1.0])}}
+    (sentence, _) = study_report.stopping_points(content, tables)
     assert "plain: stops at 20.0 AP after 100 iterations, past its steepest part" in sentence
     assert "+32.0 AP from iteration 0 to 50" in sentence
     assert "+5.0 AP from 80 to 100" in sentence
+    for run in runs:
+        run["learning curve"] = [[50, run["AP"] - 10], [100, run["AP"]]]
+    (sentence, _) = study_report.stopping_points(content, tables)
+    assert "still near its steepest part" in sentence
+    for run in runs:
+        run["learning curve"] = [[100, run["AP"]]]
+    (sentence, _) = study_report.stopping_points(content, tables)
+    assert sentence == "* GFL, plain: stops at 20.0 AP after 100 iterations, its only evaluation."

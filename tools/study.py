@@ -25,41 +25,21 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import hashlib
 import json
 import math
 import os
-import random
 import statistics
-import string
 import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from detectron2.config import CfgNode
 
-from plaindet.data import find_coco_folder
-
-from demo_runs import CONFIGS, REPOSITORY, dataset_overrides
+from demo_runs import CONFIGS, REPOSITORY
+from study_plan import Run, dataset_name, plan_runs, read_study, study_names, write_whole
 from study_report import write_report
-
-STUDIES = REPOSITORY / "configs" / "studies"
-
-
-@dataclass(frozen=True)
-class Run:
-    """A row of a study for a detector, a data set and a seed."""
-
-    name: str  # its folder
-    config: str
-    overrides: tuple[str, ...]  # KEY VALUE pairs, where {ROW} is the folder of an earlier row
-    seed: int
-    data: tuple[str, ...]  # the overrides of the data set
-    parents: dict[str, Run]  # the runs that it starts from, by row
 
 
 def parse_args():
@@ -68,7 +48,7 @@ def parse_args():
         "studies",
         nargs="+",
         metavar="STUDY",
-        help=", ".join(sorted(p.stem for p in STUDIES.glob("*.yaml") if p.stem[:4] != "Base")),
+        help=", ".join(study_names()),
     )
     parser.add_argument(
         "--data",
@@ -83,111 +63,6 @@ def parse_args():
     parser.add_argument("--output", type=Path, default=Path("output/studies"))
     parser.add_argument("--report-only", action="store_true", help="train nothing")
     return parser.parse_args()
-
-
-def read_study(name: str, detectors: list[str] | None = None) -> dict:
-    """The content of a study's file, for some of its detectors.
-
-    Raises:
-        FileNotFoundError: there is no such study.
-        ValueError: a row names one that does not come before it; none of the detectors is in it.
-    """
-    path = Path(name) if name.endswith(".yaml") else STUDIES / f"{name}.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no study {name}: {path} does not exist")
-    study = CfgNode.load_yaml_with_base(str(path))
-    earlier = set()
-    for row_name, row in study["rows"].items():
-        unknown = {*row.get("against", ()), *_parents(row)} - earlier
-        if unknown:
-            raise ValueError(
-                f"{path}: row {row_name} names {sorted(unknown)}, expected rows before it"
-            )
-        earlier.add(row_name)
-    if detectors:
-        chosen = {key: value for key, value in study["detectors"].items() if key in detectors}
-        if not chosen:
-            raise ValueError(
-                f"--detectors: found {detectors}, expected some of {list(study['detectors'])}, "
-                f"those of {path}"
-            )
-        study["detectors"] = chosen
-    return study
-
-
-def _parents(row: dict) -> set[str]:
-    """The rows whose folders are in the overrides of a row."""
-    values = (value for value in row.get("overrides", {}).values() if isinstance(value, str))
-    fields = (field for value in values for _, field, _, _ in string.Formatter().parse(value))
-    return {field for field in fields if field}
-
-
-def write_part(folder: str, fraction: float, output: Path) -> list[str]:
-    """Writes the json file of a part of the training images of a COCO-format folder; smaller parts
-    are in larger ones.
-
-    Returns:
-        the config overrides with this part as the training set
-    """
-    train, val = find_coco_folder(folder)
-    content = json.loads(Path(train[1]).read_text())
-    random.Random(0).shuffle(content["images"])
-    content["images"] = content["images"][: math.ceil(fraction * len(content["images"]))]
-    ids = {image["id"] for image in content["images"]}
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
-    name = f"{train[0]}_{len(ids)}"
-    path = output.resolve() / "data" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
-    datasets = [[name, str(path), train[2]], list(val)]
-    return ["DATASETS.COCO_FORMAT", str(datasets), "DATASETS.TRAIN", str((name,))]
-
-
-def plan_runs(study: dict, detector: str, dataset: str, seed: int, output: Path) -> dict[str, Run]:
-    """The runs of all rows of a study, by row. Those that train the same have the same name, also
-    in another study. Rows with a part of the training images are left out of the built-in data set.
-
-    Args:
-        dataset: shapes, or a folder in COCO format.
-        output: for the json files of parts of the data set.
-    """
-    is_built_in = dataset == "shapes"
-    data = dataset_overrides(None if is_built_in else dataset)
-    runs = {}
-    for row_name, row in study["rows"].items():
-        fraction = row.get("fraction")
-        if fraction and is_built_in:
-            continue
-        config = row["config"].format(detector=detector)
-        overrides = {**study.get("overrides", {}), **row.get("overrides", {})}
-        overrides = {
-            key: str(value[detector] if isinstance(value, dict) else value)
-            for key, value in overrides.items()
-        }
-        parents = {parent: runs[parent] for parent in sorted(_parents(row))}
-        # Without the seeds, so that a row has one folder, with one for each seed in it.
-        starts = {parent: os.path.dirname(run.name) for parent, run in parents.items()}
-        content = [
-            CfgNode.load_yaml_with_base(str(CONFIGS / config)),
-            {key: value.format_map(starts) for key, value in overrides.items()},
-            fraction,
-        ]
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
-        runs[row_name] = Run(
-            name="/".join(
-                [
-                    dataset if is_built_in else Path(dataset).resolve().name,
-                    f"{Path(config).stem}-{digest.hexdigest()[:8]}",
-                    f"seed{seed}",
-                ]
-            ),
-            config=config,
-            overrides=tuple(item for pair in overrides.items() for item in pair),
-            seed=seed,
-            data=(*data, *(write_part(dataset, fraction, output) if fraction else ())),
-            parents=parents,
-        )
-    return runs
 
 
 def unfinished_runs(runs: list[Run], results: dict[str, dict], folder: Path) -> list[Run]:
@@ -321,6 +196,9 @@ def remove_checkpoints(folder: Path, keep_last: bool) -> None:
     for path in folder.glob("model_*.pth"):
         if not (keep_last and path.name == "model_final.pth"):
             path.unlink()
+    if not keep_last:
+        # Should another study start from it one day, it trains anew.
+        (folder / "last_checkpoint").unlink()
 
 
 def read_results(output: Path) -> dict[str, dict]:
@@ -331,16 +209,28 @@ def read_results(output: Path) -> dict[str, dict]:
 
 
 def write_results(results: dict[str, dict], output: Path) -> None:
-    partial = output / "results.jsonl.partial"
-    partial.write_text("".join(json.dumps(result) + "\n" for _, result in sorted(results.items())))
-    partial.replace(output / "results.jsonl")
+    lines = [json.dumps(result) + "\n" for _, result in sorted(results.items())]
+    write_whole(output / "results.jsonl", "".join(lines))
+
+
+def choose_detectors(studies: dict[str, dict], detectors: list[str] | None) -> None:
+    """Takes the other detectors out of studies.
+
+    Raises:
+        ValueError: no study has one of them.
+    """
+    known = {detector for study in studies.values() for detector in study["detectors"]}
+    if detectors and not known.issuperset(detectors):
+        raise ValueError(f"--detectors: found {detectors}, expected some of {sorted(known)}")
+    for study in studies.values():
+        for detector in known.difference(detectors or known):
+            study["detectors"].pop(detector, None)
 
 
 def main():
     args = parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
-    studies = {name: read_study(name, args.detectors) for name in args.studies}
-    results = read_results(args.output)
+    studies = {name: read_study(name) for name in args.studies}
+    choose_detectors(studies, args.detectors)
     plans = {}  # (study, dataset) -> detector -> row -> the runs of all seeds
     runs = []
     for dataset in args.data:
@@ -353,20 +243,23 @@ def main():
                     for row, run in planned.items():
                         rows.setdefault(row, []).append(run)
 
+    args.output.mkdir(parents=True, exist_ok=True)
     failed = []
-    if not args.report_only:
-        with open(args.output / "lock", "w") as lock:
+    with open(args.output / "lock", "w") as lock:
+        if not args.report_only:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise SystemExit(f"Another study is running in {args.output}") from None
+        results = read_results(args.output)
+        if not args.report_only:
             failed = train_all(runs, results, args.output, args.jobs)
     for (name, dataset), plan in plans.items():
         planned = (run for rows in plan.values() for row in rows.values() for run in row)
         if not any(run.name in results for run in planned):
             print(f"No run of {name} on {dataset} is finished, so there is no report")
             continue
-        folder = args.output / Path(name).stem / Path(dataset).resolve().name
+        folder = args.output / Path(name).stem / dataset_name(dataset)
         print(f"Report: {write_report(studies[name], plan, results, folder)}")
     if failed:
         raise SystemExit("These runs failed, or start from one that did:\n" + "\n".join(failed))

@@ -15,6 +15,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 CLAIM = 1.0  # AP; a smaller difference in the paper is no claim
+STEEP = 0.5  # of the steepest slope; a baseline that stops below it is past its steepest part
 PANEL_INCHES, DPI = (4.0, 3.2), 80
 
 
@@ -24,7 +25,7 @@ def write_report(study: dict, plan: dict, results: dict[str, dict], folder: Path
     Args:
         study: the content of its file.
         plan: detector -> row -> its runs, one for each seed. Rows may be left out.
-        results: by the names of runs; those that are missing are named.
+        results: by the names of runs; some may be missing.
         folder: of the report.
 
     Returns:
@@ -33,13 +34,13 @@ def write_report(study: dict, plan: dict, results: dict[str, dict], folder: Path
     folder.mkdir(parents=True, exist_ok=True)
     tables = {
         detector: {
-            row: [results[run.name] for run in rows.get(row, ()) if run.name in results]
-            for row in study["rows"]
+            row: [results[run.name] for run in runs if run.name in results]
+            for row, runs in rows.items()
         }
         for detector, rows in plan.items()
     }
-    tables = {detector: rows for detector, rows in tables.items() if any(rows.values())}
     comparisons = compare(study, tables, results)
+    tables = {detector: rows for detector, rows in tables.items() if any(rows.values())}
     draw(study, tables, results, folder / "report.png")
     parts = [
         f"# {study['title']}\n",
@@ -49,7 +50,7 @@ def write_report(study: dict, plan: dict, results: dict[str, dict], folder: Path
         *summary(comparisons),
         comparison_table(comparisons),
         "Iterations and time: of the row with the runs that it starts from, relative to those of "
-        "the other row.\n",
+        "the other row. Times are those of the machine under whatever load it had.\n",
         "## All rows\n",
         *(
             f"### {study['detectors'][detector]}\n\n{row_table(study, detector, rows, results)}\n"
@@ -58,9 +59,9 @@ def write_report(study: dict, plan: dict, results: dict[str, dict], folder: Path
         "## Where the baselines stop\n",
         *stopping_points(study, tables),
         "![AP of the rows, against iterations and time, and learning curves](report.png)\n",
-        "Left: AP; the dots are seeds, the bars intervals. Middle: AP against the iterations and "
-        "the time of a run together with the runs that it starts from. Right: AP during training, "
-        "mean over the seeds.\n",
+        "From left to right: AP, with a dot for each seed and the interval; AP against the "
+        "iterations, and against the time, of a row with the runs that it starts from; AP during "
+        "training, mean over the seeds.\n",
     ]
     report = folder / "report.md"
     report.write_text("\n".join(parts))
@@ -94,11 +95,15 @@ class Comparison:
     def verdict(self) -> str:
         """What the difference says, and of a claim of the paper, what that says about it."""
         is_decided = abs(self.mean) > self.half_width
+        if self.seeds == 0:
+            return "not measured"
         if self.is_claim:
             if not is_decided:
                 return "undecided"
             same_sign = (self.mean > 0) == (self.claimed > 0)
             return "reproduced" if same_sign else "contradicted"
+        if self.seeds == 1:
+            return "one seed"
         if not is_decided:
             return "no difference shown"
         return "better" if self.mean > 0 else "worse"
@@ -109,6 +114,8 @@ class Comparison:
         return self.claimed is not None and round(abs(self.claimed), 6) >= CLAIM
 
     def __str__(self):
+        if self.seeds == 0:
+            return f"{self.detector}, {self.row} against {self.other}."
         direction = "above" if self.mean >= 0 else "below"
         what = f"{self.detector}, {self.row}: {abs(self.mean):.1f} AP {direction} {self.other}"
         if self.seeds == 1:
@@ -143,27 +150,30 @@ def compare(study: dict, tables: dict, results: dict[str, dict]) -> list[Compari
     """The comparisons of all rows with those that they are to be compared with."""
     comparisons = []
     for detector, rows in tables.items():
-        for row, content in study["rows"].items():
-            for other in content.get("against", ()):
-                runs = {run["seed"]: run for run in with_ap(rows[row])}
+        for row, table in rows.items():
+            for other in study["rows"][row].get("against", ()):
+                runs = {run["seed"]: run for run in with_ap(table)}
                 others = {run["seed"]: run for run in with_ap(rows[other])}
                 seeds = sorted(runs.keys() & others.keys())
-                if not seeds:
-                    continue
-                differences = [runs[seed]["AP"] - others[seed]["AP"] for seed in seeds]
                 papers = [paper_ap(study, name, detector) for name in (row, other)]
-                ratios = [
-                    sum(total(runs[seed], results, key) for seed in seeds)
-                    / sum(total(others[seed], results, key) for seed in seeds)
-                    for key in ("iterations", "minutes")
-                ]
+                mean, half_width, ratios = math.nan, math.nan, [math.nan, math.nan]
+                if seeds:
+                    mean, half_width = mean_and_interval(
+                        [runs[seed]["AP"] - others[seed]["AP"] for seed in seeds]
+                    )
+                    ratios = [
+                        sum(total(runs[seed], results, key) for seed in seeds)
+                        / sum(total(others[seed], results, key) for seed in seeds)
+                        for key in ("iterations", "minutes")
+                    ]
                 comparisons.append(
                     Comparison(
                         study["detectors"][detector],
-                        content["title"],
+                        study["rows"][row]["title"],
                         study["rows"][other]["title"],
                         len(seeds),
-                        *mean_and_interval(differences),
+                        mean,
+                        half_width,
                         None if None in papers else papers[0] - papers[1],
                         *ratios,
                     )
@@ -177,9 +187,11 @@ def setting(plan: dict, results: dict[str, dict], folder: Path) -> str:
     names = {run.name for run in runs}
     return (
         f"Data set: {folder.name}. Seeds: {', '.join(map(str, seeds))}. Finished runs: "
-        f"{len(names & results.keys())} of {len(names)}. Intervals are of {CONFIDENCE:.0%} over "
-        "the seeds, differences are paired by seed. The configs and overrides of the rows are in "
-        f"`{folder.parent.name}.yaml`.\n"
+        f"{len(names & results.keys())} of {len(names)}. The configs and overrides of the rows are "
+        f"in `{folder.parent.name}.yaml`. The paper's numbers are of COCO, larger backbones and "
+        f"full schedules.\n\nIntervals are Student's, of {CONFIDENCE:.0%}, over the seeds: not "
+        "over images, and not corrected for the number of comparisons. Differences are paired by "
+        "seed.\n"
     )
 
 
@@ -188,7 +200,7 @@ def summary(comparisons: list[Comparison]) -> list[str]:
     claims = [c for c in comparisons if c.is_claim]
     by_verdict = {
         verdict: [c for c in claims if c.verdict == verdict]
-        for verdict in ("reproduced", "contradicted", "undecided")
+        for verdict in ("reproduced", "contradicted", "undecided", "not measured")
     }
     counts = ", ".join(f"{len(cases)} {verdict}" for verdict, cases in by_verdict.items())
     sentences = [
@@ -196,7 +208,7 @@ def summary(comparisons: list[Comparison]) -> list[str]:
     ]
     for verdict, cases in by_verdict.items():
         sentences += [f"* **{verdict}**: {c}" for c in cases]
-    others = [c for c in comparisons if not c.is_claim]
+    others = [c for c in comparisons if not c.is_claim and c.seeds]
     if others:
         sentences.append("\nComparisons without such a claim:\n")
         sentences += [f"* {c}" for c in others]
@@ -209,7 +221,7 @@ def comparison_table(comparisons: list[Comparison]) -> str:
         "time |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for c in comparisons:
+    for c in (c for c in comparisons if c.seeds):
         claimed = "" if c.claimed is None else f"{c.claimed:+.1f}"
         lines.append(
             f"| {c.detector} | {c.row} | {c.other} | {c.seeds} | "
@@ -257,31 +269,28 @@ def stopping_points(study: dict, tables: dict) -> list[str]:
     look good by nothing but a faster start."""
     sentences = []
     for detector, rows in tables.items():
-        row = next(row for row in rows if "baseline" in study["rows"][row]["config"])
-        runs = with_ap(rows[row])
-        if not runs:
-            continue
-        curve = mean_curve(runs)
-        slopes = [
-            (100 * (ap1 - ap0) / (i1 - i0), i0, i1)
-            for (i0, ap0), (i1, ap1) in zip(curve, curve[1:])
-        ]
-        steepest, last = max(slopes), slopes[-1]
-        past = "past its steepest part" if last < steepest else "in its steepest part"
-        text = (
-            f"* {study['detectors'][detector]}, {study['rows'][row]['title']}: stops at "
-            f"{curve[-1][1]:.1f} AP after {curve[-1][0]} iterations, {past}. Gain for 100 "
-            f"iterations: {steepest[0]:+.1f} AP from iteration {steepest[1]} to {steepest[2]}, its "
-            f"steepest part, and {last[0]:+.1f} AP from {last[1]} to {last[2]}, its last."
-        )
-        longer = [
-            (other[0]["iterations"], other_row, statistics.fmean(run["AP"] for run in other))
-            for other_row, other in rows.items()
-            if other and other[0]["config"] == runs[0]["config"] and other_row != row
-        ]
-        for iterations, _, ap in sorted(longer):
-            text += f" After {iterations} iterations it has {ap:.1f} AP."
-        sentences.append(text)
+        for row, runs in rows.items():
+            if "baseline" not in study["rows"][row]["config"] or not with_ap(runs):
+                continue
+            curve = mean_curve(with_ap(runs))
+            text = (
+                f"* {study['detectors'][detector]}, {study['rows'][row]['title']}: stops at "
+                f"{curve[-1][1]:.1f} AP after {curve[-1][0]} iterations, "
+            )
+            slopes = [
+                (100 * (ap1 - ap0) / (i1 - i0), i0, i1)
+                for (i0, ap0), (i1, ap1) in zip(curve, curve[1:])
+            ]
+            if len(slopes) == 1:
+                sentences.append(text + "its only evaluation.")
+                continue
+            steepest, last = max(slopes), slopes[-1]
+            past = "past" if last[0] < STEEP * steepest[0] else "still near"
+            sentences.append(
+                f"{text}{past} its steepest part. Gain for 100 iterations: {steepest[0]:+.1f} AP "
+                f"from iteration {steepest[1]} to {steepest[2]}, its steepest part, and "
+                f"{last[0]:+.1f} AP from {last[1]} to {last[2]}, its last."
+            )
     return [*sentences, ""]
 
 
@@ -290,15 +299,18 @@ def draw(study: dict, tables: dict, results: dict[str, dict], path: Path) -> Non
     import matplotlib
     from matplotlib.figure import Figure
 
-    shown = [row for row in study["rows"] if any(with_ap(rows[row]) for rows in tables.values())]
-    colors = dict(zip(shown, matplotlib.colormaps["tab20" if len(shown) > 10 else "tab10"].colors))
+    shown = [
+        row for row in study["rows"] if any(with_ap(rows.get(row, ())) for rows in tables.values())
+    ]
+    map_ = matplotlib.colormaps["tab10" if len(shown) <= 10 else "turbo"]
+    colors = {row: map_(i if len(shown) <= 10 else i / len(shown)) for i, row in enumerate(shown)}
     height = max(PANEL_INCHES[1], 0.28 * len(shown) + 0.8)
     figure = Figure((4 * PANEL_INCHES[0], height * len(tables)), layout="constrained")
     for axes, (detector, rows) in zip(
         figure.subplots(len(tables), 4, squeeze=False), tables.items()
     ):
         for index, row in enumerate(shown):
-            runs, color = with_ap(rows[row]), colors[row]
+            runs, color = with_ap(rows.get(row, ())), colors[row]
             if not runs:
                 continue
             aps = [run["AP"] for run in runs]
