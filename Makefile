@@ -53,7 +53,7 @@ study: $(STAMP)  ## all studies with three seeds, hours (DATA="shapes <folder> .
 
 study-smoke: $(STAMP)  ## a part of two studies with one seed, half an hour
 	$(PYTHON) tools/study.py labelenc_table_1 crosskd_detectors --detectors fcos_imprv gfl \
-		--seeds 1 --data $(DATA) --jobs $(JOBS)
+		--seeds 1 --data $(DATA) --jobs $(JOBS) --output output/study_smoke
 
 soak: $(STAMP)  ## kill and resume training runs at 51 random moments, and compare where they end
 	OMP_NUM_THREADS=1 $(PYTHON) tools/soak.py

@@ -57,6 +57,7 @@ def write_report(study: dict, plan: dict, results: dict[str, dict], folder: Path
             for detector, rows in tables.items()
         ),
         "## Where the baselines stop\n",
+        "The last gain has the decay of the learning rate in it.\n",
         *stopping_points(study, tables),
         "![AP of the rows, against iterations and time, and learning curves](report.png)\n",
         "From left to right: AP, with a dot for each seed and the interval; AP against the "
@@ -322,6 +323,13 @@ def draw(study: dict, tables: dict, results: dict[str, dict], path: Path) -> Non
                 cost = statistics.fmean(total(run, results, key) for run in runs)
                 axis.errorbar(cost, mean, yerr=error, fmt="s", color=color, capsize=3)
             axes[3].plot(*zip(*mean_curve(runs)), ".-", color=color)
+        # Of the runs: an interval of two or three may be many times as wide.
+        aps = [run["AP"] for runs in rows.values() for run in with_ap(runs)]
+        margin = max(2, 0.25 * (max(aps, default=0) - min(aps, default=0)))
+        limits = (min(aps, default=0) - margin, max(aps, default=0) + margin)
+        axes[0].set_xlim(limits)
+        for axis in axes[1:3]:
+            axis.set_ylim(limits)
         axes[0].set_yticks(range(len(shown)), [study["rows"][row]["title"] for row in shown])
         axes[0].invert_yaxis()
         axes[0].set(title=study["detectors"][detector], xlabel="AP")
