@@ -49,7 +49,19 @@ def test_gradient_of_each_strategy(make_trainer, strategy, reached):
     """Fig. 1 of the supplement. In (d) the teacher's features go through the student's layers, so
     the backbone gets nothing but through the statistics that they are given."""
     trainer = make_trainer("retinanet", "MODEL.CROSSKD.STRATEGY", strategy)
+    targets, distillation_losses = [], trainer.model.distillation_losses
+    trainer.model.distillation_losses = lambda anchors, imitating, target, assignment: (
+        targets.append(target) or distillation_losses(anchors, imitating, target, assignment)
+    )
     losses = losses_of(trainer)
+    # In (b) and (c) both of the predictions learn.
+    (target,) = targets
+    assert target.logits.requires_grad == (strategy in ("b", "c"))
+    if strategy in ("b", "c"):
+        for name, prediction in (("cls", target.logits), ("box", target.regression)):
+            loss = losses[f"loss_kd_{name}"]
+            (gradient,) = torch.autograd.grad(loss, prediction, retain_graph=True)
+            assert gradient.abs().sum() > 0
     names = with_gradient(trainer.model, [losses["loss_kd_cls"]])
     found = set()
     for name in names:

@@ -185,7 +185,9 @@ class CrossKDDetector(CrossKDDistiller):
             teacher = self._flatten(teacher_model, predict(teacher_model.head, outputs))
 
         # Fig. 1 of the supplement: (a) and (c) take student features through the teacher's head,
-        # (b) and (d) teacher features through the student's.
+        # (b) and (d) teacher features through the student's. In (b) and (c) both of the predictions
+        # that are compared learn; from scratch, a constant target that the student's own head makes
+        # of teacher features leaves it without any detections.
         if self.strategy in ("a", "c"):
             cross_head = self.cross_head_predictions(held, teacher_held, teacher_model)
         elif self.strategy in ("b", "d"):
@@ -271,7 +273,7 @@ class CrossKDDetector(CrossKDDistiller):
         target: Predictions,
         assignment: Assignment,
     ) -> dict[str, torch.Tensor]:
-        """D_pred between predictions and their constant target, weighted and normalised."""
+        """D_pred between predictions and their target, weighted and normalised."""
         positive, valid, normalizer = assignment
         confidence = target.logits.detach().float().amax(dim=-1).sigmoid() * valid  # r
         region = {"all": valid, "positive": valid * positive, "negative": valid * ~positive}

@@ -1,6 +1,7 @@
 """The distance functions D_pred of CrossKD (supplement, Sec. 1), without reduction.
 
-The teacher's side is a constant in all of them, and everything is computed in float32.
+The teacher's side is a constant where it has no gradient, which is everywhere but in the strategies
+(b) and (c). Everything is computed in float32.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def quality_focal_loss(
     Returns:
         of the same shape
     """
-    logits, target = logits.float(), teacher_logits.detach().float().sigmoid()
+    logits, target = logits.float(), teacher_logits.float().sigmoid()
     loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     return loss * (logits.sigmoid() - target).abs().pow(gamma) if gamma > 0 else loss
 
@@ -54,7 +55,7 @@ def distribution_loss(
     Returns:
         (...)
     """
-    target = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
+    target = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
     prediction = F.log_softmax(logits.float() / temperature, dim=-1)
     loss = F.kl_div(prediction, target, reduction="none", log_target=True).sum(dim=-1)
     return loss * temperature**2
@@ -70,7 +71,7 @@ def box_loss(boxes: torch.Tensor, teacher_boxes: torch.Tensor, loss_type: str) -
     Returns:
         (...)
     """
-    boxes, teacher_boxes = boxes.float(), teacher_boxes.detach().float()
+    boxes, teacher_boxes = boxes.float(), teacher_boxes.float()
     if loss_type == "l1":
         return (boxes - teacher_boxes).abs().sum(dim=-1)
     top_left = torch.maximum(boxes[..., :2], teacher_boxes[..., :2])
@@ -101,5 +102,5 @@ def feature_loss(features: torch.Tensor, teacher_features: torch.Tensor) -> torc
     Returns:
         scalar
     """
-    target = standardize(teacher_features.detach())
+    target = standardize(teacher_features)
     return F.mse_loss(standardize(features), target) / 2
