@@ -171,7 +171,9 @@ def test_one_iteration_of_each_phase(make_cfg, config):
         2 if "fcos" in name and "DCN" in name else 0,
     )
     if name in VANILLA_KD:
-        model.set_teacher(Teacher(build_model(make_cfg(f"PlainDet/{VANILLA_KD[name]}.yaml"))))
+        model.set_feature_teacher(
+            Teacher(build_model(make_cfg(f"PlainDet/{VANILLA_KD[name]}.yaml")))
+        )
 
     for distance_enabled in (False, True) if isinstance(model, LabelEncDetector) else (None,):
         model.distance_enabled = distance_enabled

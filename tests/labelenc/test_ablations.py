@@ -169,7 +169,7 @@ def test_vanilla_kd(make_cfg, teacher_file):
     """Table 6: a teacher's features in place of h(y), its head inherited, no label map."""
     trainer = LabelEncTrainer(make_cfg(STEP2, *teacher_options(teacher_file)))
     trainer.resume_or_load(resume=False)
-    model, teacher = trainer.plain_model, trainer.plain_model.teacher.model
+    model, teacher = trainer.plain_model, trainer.plain_model.feature_teacher.model
     saved = torch.load(teacher_file, weights_only=True)["model"]
     assert not changed(teacher, saved)
     for key, value in model.state_dict().items():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from detectron2.config import CfgNode, configurable, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import ImageList
 from torch import nn
 from torchvision.ops import box_convert
 
@@ -113,15 +114,16 @@ class CrossKDDeformableDETR(CrossKDDistiller, DeformableDETR):
             stages = [x.transformer.num_stages for x in both]
             check_equal({"number of decoder layers": stages})
 
-    def training_losses(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
+    def training_losses(
+        self, batched_inputs: list[dict], images: ImageList, features: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """The losses of an iteration: the plain detector's, and for each decoder layer of the
         teacher, with suffixes as the plain ones,
 
         * `loss_kd_cls`: D_pred of the classes
         * `loss_kd_box` (L1) and `loss_kd_giou`: D_pred of the boxes
         """
-        images = self.preprocess_image(batched_inputs)
-        memory = self.encode(self.backbone(images.tensor), images)
+        memory = self.encode(features, images)
         decoded = self.transformer.decode(memory)
         targets = self.targets(batched_inputs)
         losses = self.losses(decoded, targets)

@@ -156,16 +156,16 @@ class CrossKDDetector(CrossKDDistiller):
                 f"{positions} convolutions"
             )
 
-    def training_losses(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
+    def training_losses(
+        self, batched_inputs: list[dict], images: ImageList, features: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """The losses of an iteration: the plain detector's and
 
         * `loss_kd_cls`, `loss_kd_box`: D_pred of classes and boxes
         * `loss_kd_centerness`: of the centerness, if it has a weight
         * `loss_kd_feature`: of PKD, if it has a weight
         """
-        images = self.preprocess_image(batched_inputs)
         gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
-        features = self.backbone(images.tensor)
         features = [features[name] for name in self.head_in_features]
         anchors = self.anchor_generator(features)
 
@@ -207,7 +207,7 @@ class CrossKDDetector(CrossKDDistiller):
     ) -> Predictions:
         """Predictions of a detector's head from another one's features, which are first given the
         statistics of the detector's own features `reference`."""
-        if self.training_only:
+        if "cls_projection" in self.training_only:
             held = SubnetFeatures(
                 *(
                     [self.training_only[f"{name}_projection"](feature) for feature in levels]

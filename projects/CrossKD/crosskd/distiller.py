@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from detectron2.structures import ImageList
 from torch import nn
 
 from plaindet.modeling import Teacher, TrainingOnlyModules
@@ -55,10 +56,19 @@ class CrossKDDistiller(TrainingOnlyModules):
             return super().forward(batched_inputs)
         if self.teacher is None:
             raise RuntimeError(f"{type(self).__name__} trains with a teacher: call set_teacher")
-        return self.training_losses(batched_inputs)
+        images = self.preprocess_image(batched_inputs)
+        return self.training_losses(batched_inputs, images, self.backbone(images.tensor))
 
-    def training_losses(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
-        """The losses of an iteration: the plain detector's, and `loss_kd_*` of the distillation."""
+    def training_losses(
+        self, batched_inputs: list[dict], images: ImageList, features: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The losses of an iteration: the plain detector's, and `loss_kd_*` of the distillation.
+
+        Args:
+            batched_inputs: as the plain detector's.
+            images: these, preprocessed and padded to one size.
+            features: of the images, as the backbone returns them.
+        """
         raise NotImplementedError(f"{type(self).__name__} has to define training_losses")
 
 

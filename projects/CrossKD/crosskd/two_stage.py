@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn import functional as F
@@ -163,12 +163,12 @@ class CrossKDGeneralizedRCNN(CrossKDDistiller, GeneralizedRCNN):
         sizes = [shape_at(x, self.position)[1:] for x in both]
         check_equal({f"size of features at position {self.position}": sizes})
 
-    def training_losses(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
+    def training_losses(
+        self, batched_inputs: list[dict], images: ImageList, features: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """The losses of an iteration: the plain detector's, and `loss_kd_cls` and `loss_kd_box`,
         D_pred of classes and boxes."""
-        images = self.preprocess_image(batched_inputs)
         gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
-        features = self.backbone(images.tensor)
         proposals, losses = self.proposal_generator(images, features, gt_instances)
         if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
             self.visualize_training(batched_inputs, proposals)
@@ -204,7 +204,7 @@ class CrossKDGeneralizedRCNN(CrossKDDistiller, GeneralizedRCNN):
             held, reference: the student's and the teacher's features at the position,
                 (R, channels, height, width) or (R, channels).
         """
-        if self.training_only:
+        if "projection" in self.training_only:
             held = self.training_only["projection"](held)
         aligned = align_features(held, reference)
         if self.position > 0:  # features inside the head are rectified, the pooled ones are not

@@ -50,7 +50,7 @@ class LabelEncDetector(TrainingOnlyModules):
         """
         Args:
             label_encoder: h(y; psi), see :func:`build_label_encoder`. None where a teacher
-                supervises, see :meth:`set_teacher`.
+                supervises, see :meth:`set_feature_teacher`.
             step: 1 or 2.
             lambda1, lambda2: weights of L2 and L3 in step 1 (Eq. 9).
             lambda_: weight of the auxiliary loss in step 2 (Eq. 7).
@@ -74,7 +74,7 @@ class LabelEncDetector(TrainingOnlyModules):
         self.distance_enabled = True
         # Without L2 and L3 nothing is trained on images (Table 2, "reconstruction loss only").
         self.trains_image_branch = step == 2 or lambda1 != 0 or lambda2 != 0
-        self._teacher = None
+        self._feature_teacher = None
 
         channels = next(iter(self.backbone.output_shape().values())).channels
         self.training_only = nn.ModuleDict({"feature_adapter": FeatureAdapter(channels)})
@@ -124,18 +124,18 @@ class LabelEncDetector(TrainingOnlyModules):
         return self.training_only["feature_adapter"]
 
     @property
-    def teacher(self) -> Teacher | None:
+    def feature_teacher(self) -> Teacher | None:
         """The detector whose features take the place of h(y) in "vanilla KD" (Sec. 4.4)."""
-        return self._teacher
+        return self._feature_teacher
 
-    def set_teacher(self, teacher: Teacher) -> None:
+    def set_feature_teacher(self, teacher: Teacher) -> None:
         """Supervises step 2 with a trained detector, and not with the label encoder.
 
         Raises:
             ValueError: its features are unlike the detector's.
         """
         self._check_features("The teacher", teacher.model.backbone)
-        self._teacher = teacher
+        self._feature_teacher = teacher
 
     def _check_features(self, name: str, network: Backbone) -> None:
         if network.output_shape() != self.backbone.output_shape():
@@ -182,38 +182,64 @@ class LabelEncDetector(TrainingOnlyModules):
         if not self.training:
             return super().forward(batched_inputs)
         images = self.preprocess_image(batched_inputs)
-        gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
-        losses, features, encodings = {}, None, None
+        losses_of_step = self.step1_losses if self.step == 1 else self.step2_losses
+        return losses_of_step(batched_inputs, images)
+
+    def step1_losses(
+        self, batched_inputs: list[dict], images: ImageList
+    ) -> dict[str, torch.Tensor]:
+        """L1 + lambda1 L2 + lambda2 L3 of Eq. 9."""
+        gt_instances = self.gt_instances(batched_inputs)
+        losses, features = {}, None
         if self.trains_image_branch:
             features = self.backbone(images.tensor)
             losses = self.losses_from_features(images, features, gt_instances)
-
-        if self.step == 1:
             losses = {name: self.lambda1 * loss for name, loss in losses.items()}  # L2
-            encodings = self.encode(batched_inputs, images)
-            with get_event_storage().name_scope("reconstruction"):
-                reconstruction = self.reconstruction_losses(images, encodings, gt_instances)  # L1
-            for name, loss in reconstruction.items():
-                losses["loss_reconstruction_" + name.removeprefix("loss_")] = loss
-        elif self.distance_enabled:
-            with torch.no_grad():
-                encodings = self.encode(batched_inputs, images)
+
+        encodings = self.encode(batched_inputs, images)
+        with get_event_storage().name_scope("reconstruction"):
+            reconstruction = self.reconstruction_losses(images, encodings, gt_instances)  # L1
+        for name, loss in reconstruction.items():
+            losses["loss_reconstruction_" + name.removeprefix("loss_")] = loss
 
         if self.trains_image_branch:
             losses["loss_distance"] = self.distance_loss(features, encodings)  # L3
-            if encodings is not None:
-                self._visualize(batched_inputs, features, encodings)
+            self._visualize(batched_inputs, features, encodings)
         return losses
+
+    def step2_losses(
+        self, batched_inputs: list[dict], images: ImageList
+    ) -> dict[str, torch.Tensor]:
+        """L_det + lambda L_aux of Eq. 7."""
+        features = self.backbone(images.tensor)
+        losses = self.losses_from_features(images, features, self.gt_instances(batched_inputs))
+        losses["loss_distance"] = self.auxiliary_loss(batched_inputs, images, features)
+        return losses
+
+    def auxiliary_loss(
+        self, batched_inputs: list[dict], images: ImageList, features: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """lambda L_aux of Eq. 7: the distance of image features to h(y), a constant."""
+        if not self.distance_enabled:
+            return self.distance_loss(features, None)
+        with torch.no_grad():
+            encodings = self.encode(batched_inputs, images)
+        self._visualize(batched_inputs, features, encodings)
+        return self.distance_loss(features, encodings)
+
+    def gt_instances(self, batched_inputs: list[dict]) -> list[Instances]:
+        """The ground truth of the batch on the model's device."""
+        return [inputs["instances"].to(self.device) for inputs in batched_inputs]
 
     def encode(self, batched_inputs: list[dict], images: ImageList) -> dict[str, torch.Tensor]:
         """h(y) of the batch, or the teacher's features in its place."""
-        if self.teacher is not None:
+        if self.feature_teacher is not None:
             input_format = getattr(self, "input_format", "BGR")
-            return self.teacher.features(batched_inputs, input_format, self.device)
+            return self.feature_teacher.features(batched_inputs, input_format, self.device)
         if self.label_encoder is None:
             raise RuntimeError(
-                f"{type(self).__name__} was built without a label encoder, and set_teacher was not "
-                "called"
+                f"{type(self).__name__} was built without a label encoder, and set_feature_teacher "
+                "was not called"
             )
         return self.label_encoder(self.preprocess_label_maps(batched_inputs, images))
 
@@ -251,7 +277,7 @@ class LabelEncDetector(TrainingOnlyModules):
         if vis_period <= 0 or storage.iter % vis_period != 0:
             return
         image = batched_inputs[0]["image"]
-        if self.teacher is None:
+        if self.feature_teacher is None:
             rgb = convert_image_to_rgb(image.permute(1, 2, 0), self.input_format)
             picture = label_map_picture(rgb, batched_inputs[0]["label_map"])
             storage.put_image("label_map", picture.transpose(2, 0, 1))
@@ -260,7 +286,7 @@ class LabelEncDetector(TrainingOnlyModules):
         pictures = [
             feature_picture(x[level][0], stride, image.shape[-2:]) for x in (features, encodings)
         ]
-        source = "label encoding" if self.teacher is None else "teacher"
+        source = "label encoding" if self.feature_teacher is None else "teacher"
         storage.put_image(
             f"features_{level}: image | {source}", np.hstack(pictures).transpose(2, 0, 1)
         )

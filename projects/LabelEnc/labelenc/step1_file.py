@@ -110,7 +110,7 @@ def inherit_teacher(model: LabelEncDetector, path: str) -> None:
     Raises:
         ValueError: the teacher's head or FPN is another one.
     """
-    teacher = model.teacher.model
+    teacher = model.feature_teacher.model
     head, fpn = _head_state_dict(teacher), _fpn(teacher.backbone.state_dict())
     _check_keys("FPN", _fpn(model.backbone.state_dict()), fpn, path)
     _check_keys("head", _head_state_dict(model), head, path)

@@ -52,7 +52,7 @@ class LabelEncTrainer(PlainTrainer):
             teacher = build_teacher(
                 cfg.MODEL.LABELENC.TEACHER, cfg.MODEL.DEVICE, "MODEL.LABELENC.TEACHER"
             )
-            model.set_teacher(teacher)
+            model.set_feature_teacher(teacher)
             check_teacher_classes(teacher, cfg)
         return model
 
@@ -88,7 +88,7 @@ class LabelEncTrainer(PlainTrainer):
         model, labelenc = self.plain_model, self.cfg.MODEL.LABELENC
         if model.step == 1 or (resume and self.checkpointer.has_checkpoint()):
             return
-        if model.teacher is None:
+        if model.feature_teacher is None:
             inherit_step1_file(model, labelenc.STEP1_FILE, with_detector=labelenc.INHERIT)
         elif labelenc.INHERIT:
             inherit_teacher(model, labelenc.TEACHER.CONFIG_FILE)
