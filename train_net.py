@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains and evaluates a detector from a config: plain, with LabelEnc, or with CrossKD.
+"""Trains and evaluates a detector from a config: plain, with LabelEnc, with CrossKD, or with both.
 
 python train_net.py --config-file configs/... [--num-gpus N] [--resume] [KEY VALUE ...]
 
@@ -18,6 +18,7 @@ from detectron2.utils.logger import setup_logger
 
 from crosskd import CrossKDDistiller, CrossKDTrainer, add_crosskd_config
 from labelenc import LabelEncDetector, LabelEncTrainer, add_labelenc_config
+from labelenc_crosskd import LabelEncCrossKDDetector, LabelEncCrossKDTrainer
 from plaindet import read_config
 from plaindet.engine import (
     PlainCheckpointer,
@@ -43,6 +44,8 @@ def setup(args) -> CfgNode:
 def trainer_class(cfg: CfgNode) -> type[PlainTrainer]:
     """The trainer of the config's meta-architecture."""
     meta_architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    if issubclass(meta_architecture, LabelEncCrossKDDetector):
+        return LabelEncCrossKDTrainer
     if issubclass(meta_architecture, LabelEncDetector):
         return LabelEncTrainer
     if issubclass(meta_architecture, CrossKDDistiller):

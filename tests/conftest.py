@@ -71,12 +71,12 @@ def make_method_cfg(make_cfg, tmp_path):
 
     def make(method, detector, *overrides):
         cfg = make_cfg(f"quick/{detector}_R_18_{method}.yaml", "SOLVER.MAX_ITER", "4")
-        if method == "labelenc_step2":
+        if method in ("labelenc_step2", "labelenc_crosskd"):
             path = tmp_path / f"{detector}_label_encoder.pth"
             step1 = make_cfg(f"quick/{detector}_R_18_labelenc_step1.yaml")
             save_step1_file(build_model(step1), str(path))
             cfg.MODEL.LABELENC.STEP1_FILE = str(path)
-        if method == "crosskd":
+        if method in ("crosskd", "labelenc_crosskd"):
             path = tmp_path / f"{detector}_teacher.pth"
             teacher = build_model(make_cfg(f"quick/{detector}_R_34_teacher.yaml"))
             torch.save({"model": teacher.state_dict()}, path)

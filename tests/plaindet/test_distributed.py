@@ -35,6 +35,7 @@ CASES = [
     *(("crosskd", d, None, ALL, (STRATEGY, "mimicking")) for d in DENSE),
     ("crosskd", "retinanet", None, {"loss_kd_cls", "loss_kd_box"}, (STRATEGY, "mimicking")),
     ("crosskd", "gfl", None, {"loss_cls", "loss_dfl", "loss_box_reg"}, (STRATEGY, "a")),
+    ("labelenc_crosskd", "gfl", True, ALL, (STRATEGY, "mimicking")),
 ]
 NAMES = [f"{m} {d} {on} {' '.join(more)}".strip() for m, d, on, _, more in CASES]
 

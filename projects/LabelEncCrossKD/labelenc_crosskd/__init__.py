@@ -1,0 +1,21 @@
+"""LabelEnc and CrossKD in one training: step 2 of LabelEnc with a teacher of CrossKD."""
+
+from .detectors import (
+    LabelEncCrossKDATSS,
+    LabelEncCrossKDDetector,
+    LabelEncCrossKDFCOS,
+    LabelEncCrossKDGeneralizedRCNN,
+    LabelEncCrossKDGFL,
+    LabelEncCrossKDRetinaNet,
+)
+from .trainer import LabelEncCrossKDTrainer
+
+__all__ = [
+    "LabelEncCrossKDATSS",
+    "LabelEncCrossKDDetector",
+    "LabelEncCrossKDFCOS",
+    "LabelEncCrossKDGFL",
+    "LabelEncCrossKDGeneralizedRCNN",
+    "LabelEncCrossKDRetinaNet",
+    "LabelEncCrossKDTrainer",
+]

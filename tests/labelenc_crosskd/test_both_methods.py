@@ -1,0 +1,125 @@
+"""Both methods in one training, against each of them alone."""
+
+import pytest
+import torch
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.utils.events import EventStorage
+from iteration import check_training_run
+
+import train_net
+from crosskd import CrossKDTrainer
+from labelenc import LabelEncTrainer
+from labelenc_crosskd import LabelEncCrossKDTrainer
+from plaindet.modeling import GFL, Teacher
+
+NAMES = {
+    "retinanet": "RetinaNet",
+    "fcos": "FCOS",
+    "gfl": "GFL",
+    "atss": "ATSS",
+    "faster_rcnn": "GeneralizedRCNN",
+}
+
+
+@pytest.mark.parametrize("detector", NAMES)
+def test_losses_are_those_of_both(make_cfg, detector):
+    """The detector's, CrossKD's and LabelEnc's, as each method alone computes them."""
+    cfg = make_cfg(f"quick/{detector}_R_18_labelenc_step2.yaml")
+    cfg.MODEL.CROSSKD = make_cfg(f"quick/{detector}_R_18_crosskd.yaml").MODEL.CROSSKD
+    teacher = Teacher(build_model(make_cfg(f"quick/{detector}_R_34_teacher.yaml")))
+    mapper = LabelEncTrainer.build_train_mapper(cfg)
+    batch = next(iter(LabelEncTrainer.build_train_loader(cfg, mapper)))
+
+    models, losses = {}, {}
+    for method in ("LabelEncCrossKD", "LabelEnc", "CrossKD"):
+        cfg.MODEL.META_ARCHITECTURE = method + NAMES[detector]
+        model = models[method] = build_model(cfg).train()
+        if method != "LabelEnc":
+            model.set_teacher(teacher)
+        both = models["LabelEncCrossKD"]
+        model.load_state_dict(both.state_dict())
+        for name, module in model.training_only.items():
+            module.load_state_dict(both.training_only[name].state_dict())
+        torch.manual_seed(0)  # of sampled proposals
+        with EventStorage():
+            losses[method] = model(batch)
+
+    found = losses["LabelEncCrossKD"]
+    assert found.keys() == losses["LabelEnc"].keys() | losses["CrossKD"].keys()
+    assert {"loss_kd_cls", "loss_kd_box", "loss_distance"} < found.keys()
+    for method in ("LabelEnc", "CrossKD"):
+        for name, expected in losses[method].items():
+            torch.testing.assert_close(found[name], expected, msg=f"{name} of {method}")
+    sum(found.values()).backward()
+    without = {n for n, p in both.named_parameters() if p.requires_grad and p.grad is None}
+    assert not without
+
+
+def test_training_run(make_method_cfg):
+    """It starts from the step-1 file, leaves LabelEnc out after the cut-off, and ends in the plain
+    detector; the teacher and the label encoder do not change."""
+    cfg = make_method_cfg("labelenc_crosskd", "gfl")
+    assert train_net.trainer_class(cfg) is LabelEncCrossKDTrainer
+    trainer = LabelEncCrossKDTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    model, step1 = trainer.plain_model, torch.load(cfg.MODEL.LABELENC.STEP1_FILE)
+    inherited = {key: model.state_dict()[key].clone() for key in step1["head"]}
+    assert all(torch.equal(value, step1["head"][key]) for key, value in inherited.items())
+
+    distances = []
+    auxiliary_loss = model.auxiliary_loss
+    model.auxiliary_loss = lambda *args: distances.append(auxiliary_loss(*args)) or distances[-1]
+    check_training_run(trainer, GFL, prepare)
+    # The first is of the check for unused parameters.
+    assert [x.item() > 0 for x in distances[1:]] == [True, True, False, False]
+    encoder = model.label_encoder.state_dict()
+    assert all(torch.equal(value, step1["label_encoder"][key]) for key, value in encoder.items())
+    assert not all(torch.equal(value, model.state_dict()[k]) for k, value in inherited.items())
+
+
+def prepare(model):
+    """All detections of random weights."""
+    model.test_score_thresh = 0.0
+
+
+def test_resuming(make_cfg, make_method_cfg):
+    """The feature adapter and the projection of the teacher's features come from the checkpoint."""
+    cfg = make_method_cfg("labelenc_crosskd", "gfl")
+    wide = ["MODEL.FPN.OUT_CHANNELS", 96]
+    teacher = build_model(make_cfg("quick/gfl_R_34_teacher.yaml", *wide))
+    torch.save({"model": teacher.state_dict()}, cfg.MODEL.CROSSKD.TEACHER.WEIGHTS)
+    cfg.MODEL.CROSSKD.TEACHER.OPTS += wide
+    first = LabelEncCrossKDTrainer(cfg)
+    first.resume_or_load(resume=False)
+    first.train()
+    cfg.SOLVER.MAX_ITER = 5
+    trainer = LabelEncCrossKDTrainer(cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 4
+    expected = first.plain_model.training_only.state_dict()
+    found = trainer.plain_model.training_only.state_dict()
+    assert {key.split(".")[0] for key in found} > {"feature_adapter", "cls_projection"}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    trainer.train()
+
+
+def test_step1_is_labelenc_s_own(make_method_cfg):
+    cfg = make_method_cfg("labelenc_crosskd", "gfl", "MODEL.LABELENC.STEP", "1")
+    with pytest.raises(ValueError, match="STEP is 1, .* trains step 2: .* with LabelEncGFL"):
+        build_model(cfg)
+
+
+@pytest.mark.parametrize("name", NAMES.values())
+def test_trainers(read_cfg, name):
+    """Each method's meta-architectures are trained by its own trainer."""
+    cfg = read_cfg("quick/gfl_R_18_labelenc_crosskd.yaml")
+    for method, trainer in (
+        ("LabelEncCrossKD", LabelEncCrossKDTrainer),
+        ("LabelEnc", LabelEncTrainer),
+        ("CrossKD", CrossKDTrainer),
+    ):
+        cfg.MODEL.META_ARCHITECTURE = method + name
+        assert train_net.trainer_class(cfg) is trainer
+        plain = META_ARCH_REGISTRY.get(method + name).plain_class()
+        assert plain is META_ARCH_REGISTRY.get(name)
