@@ -398,9 +398,10 @@ def test_where_a_baseline_stops():
     assert "+32.0 AP from iteration 0 to 50" in sentence
     assert "+5.0 AP from 80 to 100" in sentence
     for run in runs:
-        run["learning curve"] = [[50, run["AP"] - 10], [100, run["AP"]]]
+        run["learning curve"] = [[50, run["AP"] - 15], [100, run["AP"]]]
     (sentence, _) = study_report.stopping_points(content, tables)
     assert "still near its steepest part" in sentence
+    assert sentence.endswith("from iteration 50 to 100, its steepest part and its last.")
     for run in runs:
         run["learning curve"] = [[100, run["AP"]]]
     (sentence, _) = study_report.stopping_points(content, tables)

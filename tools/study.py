@@ -38,22 +38,17 @@ from pathlib import Path
 import yaml
 
 from demo_runs import CONFIGS, REPOSITORY
-from study_plan import Run, dataset_name, plan_runs, read_study, study_names, write_whole
+from study_plan import BUILT_IN, Run, dataset_name, plan_runs, read_study, study_names, write_whole
 from study_report import write_report
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "studies",
-        nargs="+",
-        metavar="STUDY",
-        help=", ".join(study_names()),
-    )
+    parser.add_argument("studies", nargs="+", metavar="STUDY", help=", ".join(study_names()))
     parser.add_argument(
         "--data",
         nargs="+",
-        default=["shapes"],
+        default=[BUILT_IN],
         metavar="DATA",
         help="the built-in shapes, or folders in COCO format; default: shapes",
     )

@@ -287,11 +287,15 @@ def stopping_points(study: dict, tables: dict) -> list[str]:
                 continue
             steepest, last = max(slopes), slopes[-1]
             past = "past" if last[0] < STEEP * steepest[0] else "still near"
-            sentences.append(
-                f"{text}{past} its steepest part. Gain for 100 iterations: {steepest[0]:+.1f} AP "
-                f"from iteration {steepest[1]} to {steepest[2]}, its steepest part, and "
-                f"{last[0]:+.1f} AP from {last[1]} to {last[2]}, its last."
+            gains = (
+                f"{steepest[0]:+.1f} AP from iteration {steepest[1]} to {steepest[2]}, its "
+                "steepest part"
             )
+            if last == steepest:
+                gains += " and its last."
+            else:
+                gains += f", and {last[0]:+.1f} AP from {last[1]} to {last[2]}, its last."
+            sentences.append(f"{text}{past} its steepest part. Gain for 100 iterations: {gains}")
     return [*sentences, ""]
 
 
@@ -303,8 +307,10 @@ def draw(study: dict, tables: dict, results: dict[str, dict], path: Path) -> Non
     shown = [
         row for row in study["rows"] if any(with_ap(rows.get(row, ())) for rows in tables.values())
     ]
-    map_ = matplotlib.colormaps["tab10" if len(shown) <= 10 else "turbo"]
-    colors = {row: map_(i if len(shown) <= 10 else i / len(shown)) for i, row in enumerate(shown)}
+    colormap = matplotlib.colormaps["tab10" if len(shown) <= 10 else "turbo"]
+    colors = {
+        row: colormap(i if len(shown) <= 10 else i / len(shown)) for i, row in enumerate(shown)
+    }
     height = max(PANEL_INCHES[1], 0.28 * len(shown) + 0.8)
     figure = Figure((4 * PANEL_INCHES[0], height * len(tables)), layout="constrained")
     for axes, (detector, rows) in zip(
