@@ -358,7 +358,7 @@ def test_verdict(aps, papers, verdict, tmp_path):
     if aps == [12, 23, 34]:
         assert comparison.half_width == pytest.approx(4.302652729911275 / math.sqrt(3))
         assert "3.0 AP above plain, interval +0.5 to +5.5." in str(comparison)
-    counted = "\n".join(study_report.summary([comparison]))
+    counted = "\n".join(study_report.summary([comparison], with_claims=True))
     claims = ("reproduced", "contradicted", "undecided", "not measured")
     assert (f"claims by {1} AP or more: 1;" in counted) == (verdict in claims)
     assert f"{int(comparison.is_claim)} {verdict}" in counted or not comparison.is_claim
@@ -377,7 +377,12 @@ def test_report_of_what_is_there(tmp_path):
     assert "| plain | 2 | 100 | 100 | 1.20 | 2.0 | 15.0 ± 63.5 | 35.0 ± 63.5 |" in text
     assert "FCOS" not in text
     assert "by 1 AP or more: 0;" in text
+    assert "The paper's numbers are of COCO" in text
     assert (report.parent / "report.png").stat().st_size > 10_000
+    content["rows"] = {k: {**row, "paper": None} for k, row in content["rows"].items()}
+    report = study_report.write_report(content, plan, results, tmp_path / "study" / "data")
+    assert "paper's numbers" not in report.read_text()
+    assert "claims" not in report.read_text()
 
 
 def test_totals_count_each_run_once():

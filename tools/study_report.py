@@ -45,9 +45,9 @@ def write_report(study: dict, plan: dict, results: dict[str, dict], folder: Path
     parts = [
         f"# {study['title']}\n",
         study["question"].strip() + "\n",
-        setting(plan, results, folder),
+        setting(study, plan, results, folder),
         "## What the runs show\n",
-        *summary(comparisons),
+        *summary(comparisons, has_paper(study)),
         comparison_table(comparisons),
         "Iterations and time: of the row with the runs that it starts from, relative to those of "
         "the other row. Times are those of the machine under whatever load it had.\n",
@@ -142,6 +142,10 @@ def with_ap(runs: list[dict]) -> list[dict]:
     return [run for run in runs if run["AP"] is not None]
 
 
+def has_paper(study: dict) -> bool:
+    return any(row.get("paper") for row in study["rows"].values())
+
+
 def paper_ap(study: dict, row: str, detector: str) -> float | None:
     paper = study["rows"][row].get("paper")
     return paper.get(detector) if isinstance(paper, dict) else paper
@@ -182,36 +186,43 @@ def compare(study: dict, tables: dict, results: dict[str, dict]) -> list[Compari
     return comparisons
 
 
-def setting(plan: dict, results: dict[str, dict], folder: Path) -> str:
+def setting(study: dict, plan: dict, results: dict[str, dict], folder: Path) -> str:
     runs = [run for rows in plan.values() for row in rows.values() for run in row]
     seeds = sorted({run.seed for run in runs})
     names = {run.name for run in runs}
+    paper = (
+        " The paper's numbers are of COCO, larger backbones and full schedules."
+        if has_paper(study)
+        else ""
+    )
     return (
         f"Data set: {folder.name}. Seeds: {', '.join(map(str, seeds))}. Finished runs: "
         f"{len(names & results.keys())} of {len(names)}. The configs and overrides of the rows are "
-        f"in `{folder.parent.name}.yaml`. The paper's numbers are of COCO, larger backbones and "
-        f"full schedules.\n\nIntervals are Student's, of {CONFIDENCE:.0%}, over the seeds: not "
-        "over images, and not corrected for the number of comparisons. Differences are paired by "
-        "seed.\n"
+        f"in `{folder.parent.name}.yaml`.{paper}\n\n"
+        f"Intervals are Student's, of {CONFIDENCE:.0%}, over the seeds: not over images, and not "
+        "corrected for the number of comparisons. Differences are paired by seed.\n"
     )
 
 
-def summary(comparisons: list[Comparison]) -> list[str]:
-    """Sentences on the claims of the paper, and on the other comparisons."""
+def summary(comparisons: list[Comparison], with_claims: bool) -> list[str]:
+    """Sentences on the claims of the paper, if there is one, and on the other comparisons."""
     claims = [c for c in comparisons if c.is_claim]
     by_verdict = {
         verdict: [c for c in claims if c.verdict == verdict]
         for verdict in ("reproduced", "contradicted", "undecided", "not measured")
     }
     counts = ", ".join(f"{len(cases)} {verdict}" for verdict, cases in by_verdict.items())
-    sentences = [
-        f"Orderings that the paper claims by {CLAIM:g} AP or more: {len(claims)}; {counts}.\n"
-    ]
+    sentences = []
+    if with_claims:
+        sentences.append(
+            f"Orderings that the paper claims by {CLAIM:g} AP or more: {len(claims)}; {counts}.\n"
+        )
     for verdict, cases in by_verdict.items():
         sentences += [f"* **{verdict}**: {c}" for c in cases]
     others = [c for c in comparisons if not c.is_claim and c.seeds]
     if others:
-        sentences.append("\nComparisons without such a claim:\n")
+        if with_claims:
+            sentences.append("\nComparisons without such a claim:\n")
         sentences += [f"* {c}" for c in others]
     return [*sentences, ""]
 

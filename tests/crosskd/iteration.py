@@ -2,9 +2,11 @@
 
 import os
 
+import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.analysis import find_unused_parameters
 from detectron2.utils.events import EventStorage
 
@@ -21,6 +23,17 @@ def with_gradient(model, losses):
     model.zero_grad()
     sum(losses).backward(retain_graph=True)
     return {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+def check_needs_teacher(model):
+    """A training iteration without a teacher says so."""
+    instances = Instances(
+        (128, 128), gt_boxes=Boxes([[8, 8, 40, 40]]), gt_classes=torch.tensor([0])
+    )
+    batch = [{"image": torch.zeros(3, 128, 128), "instances": instances}]
+    message = f"{type(model).__name__} trains with a teacher: call set_teacher"
+    with EventStorage(), pytest.raises(RuntimeError, match=message):
+        model.train()(batch)
 
 
 def check_training_run(trainer, plain_class, prepare=lambda model: None):

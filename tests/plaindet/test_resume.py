@@ -81,6 +81,7 @@ def assert_equal(first, second, path="checkpoint"):
         ("labelenc_step1", "retinanet", ["DATALOADER.NUM_WORKERS", "1"]),
         ("labelenc_step2", "retinanet", []),
         ("crosskd", "gfl", []),
+        ("labelenc_crosskd", "gfl", []),
     ],
 )
 def test_resumed_equals_uninterrupted(make_method_cfg, method, detector, more):

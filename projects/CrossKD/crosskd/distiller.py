@@ -27,8 +27,13 @@ class CrossKDDistiller(TrainingOnlyModules):
         self._teacher = None
 
     @property
-    def teacher(self) -> Teacher | None:
-        """The teacher, if it has been set."""
+    def teacher(self) -> Teacher:
+        """
+        Raises:
+            RuntimeError: it has not been set.
+        """
+        if self._teacher is None:
+            raise RuntimeError(f"{type(self).__name__} trains with a teacher: call set_teacher")
         return self._teacher
 
     def set_teacher(self, teacher: Teacher) -> None:
@@ -54,8 +59,6 @@ class CrossKDDistiller(TrainingOnlyModules):
         """As the plain detector; in training with the distillation losses too."""
         if not self.training:
             return super().forward(batched_inputs)
-        if self.teacher is None:
-            raise RuntimeError(f"{type(self).__name__} trains with a teacher: call set_teacher")
         images = self.preprocess_image(batched_inputs)
         return self.training_losses(batched_inputs, images, self.backbone(images.tensor))
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from crosskd import CrossKDATSS, CrossKDFCOS, CrossKDGeneralizedRCNN, CrossKDGFL, CrossKDRetinaNet
+from crosskd import (
+    CrossKDATSS,
+    CrossKDDistiller,
+    CrossKDFCOS,
+    CrossKDGeneralizedRCNN,
+    CrossKDGFL,
+    CrossKDRetinaNet,
+)
 from labelenc import (
     LabelEncATSS,
     LabelEncDetector,
@@ -15,22 +23,30 @@ from labelenc import (
 )
 
 
-class LabelEncCrossKDDetector(LabelEncDetector):
+class LabelEncCrossKDDetector(LabelEncDetector, CrossKDDistiller):
     """Step 2 of LabelEnc in which the detector also learns from a teacher by CrossKD: both methods
-    act on the same image features, in one iteration. Put it before the meta-architectures of
-    LabelEnc and CrossKD in a list of base classes. Neither paper has this.
+    act on the same image features, in one iteration. Neither paper has this.
 
-    Step 1 is LabelEnc's own, with the same head. The teacher comes by `set_teacher`.
+    Put it before the meta-architectures of LabelEnc and of CrossKD in a list of base classes. The
+    detection losses are those that CrossKD's `training_losses` returns. Step 1 is LabelEnc's own,
+    with the same head.
     """
 
-    @classmethod
-    def from_config(cls, cfg):
-        if cfg.MODEL.LABELENC.STEP != 2:
+    @configurable
+    def __init__(self, **detector):
+        """
+        Args:
+            detector: the arguments of both meta-architectures.
+
+        Raises:
+            ValueError: they are of step 1.
+        """
+        super().__init__(**detector)
+        if self.step == 1:
             raise ValueError(
-                f"MODEL.LABELENC.STEP is {cfg.MODEL.LABELENC.STEP}, but {cls.__name__} trains step "
-                f"2: train step 1 with {cls.__name__.replace('CrossKD', '')}"
+                f"MODEL.LABELENC.STEP is 1, but {type(self).__name__} trains step 2. Step 1 "
+                "has LabelEnc's own meta-architecture of this detector"
             )
-        return super().from_config(cfg)
 
     def step2_losses(self, batched_inputs, images):
         """CrossKD's losses, which include the detector's, and LabelEnc's `loss_distance`."""
