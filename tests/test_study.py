@@ -87,6 +87,40 @@ def test_configs_of_studies(name, tmp_path, tiny_data):
                     assert cfg.MODEL.CROSSKD.POSITION <= num_convs
 
 
+def test_longer_schedule(tmp_path, tiny_data):
+    """All phases are twice as long, and nothing else changes."""
+    content, folder = study_plan.read_study("labelenc_table_1"), Path(tiny_data[0][1]).parent.parent
+    plans = [
+        study_plan.plan_runs(content, "retinanet", str(folder), 1, tmp_path, schedule)
+        for schedule in (1, 2)
+    ]
+    assert not {run.name for run in plans[0].values()} & {run.name for run in plans[1].values()}
+    for row in content["rows"]:
+        cfg, longer = (
+            merge_config(
+                study_plan.CONFIGS / plan[row].config,
+                [*plan[row].data, *plan[row].overrides],
+                [add_labelenc_config, add_crosskd_config],
+            )
+            for plan in plans
+        )
+        assert longer.MODEL.LABELENC.WARMUP_ITERS == 2 * cfg.MODEL.LABELENC.WARMUP_ITERS
+        assert longer.MODEL.LABELENC.CUTOFF_ITERS == 2 * cfg.MODEL.LABELENC.CUTOFF_ITERS
+        assert longer.SOLVER.MAX_ITER == 2 * cfg.SOLVER.MAX_ITER
+        assert longer.SOLVER.STEPS == tuple(2 * step for step in cfg.SOLVER.STEPS)
+        assert longer.TEST.EVAL_PERIOD == 2 * cfg.TEST.EVAL_PERIOD
+        cfg.merge_from_list(
+            [x for key in study_plan.ITERATIONS for x in (key, value_of(longer, key))]
+        )
+        assert cfg == longer
+
+
+def value_of(cfg, key):
+    for name in key.split("."):
+        cfg = cfg[name]
+    return cfg
+
+
 def test_rows_of_several_studies_are_one_run(tmp_path, tiny_data):
     names, folder = {}, Path(tiny_data[0][1]).parent.parent
     for name in ("labelenc_table_1", "labelenc_tables_2_5", "labelenc_scaling"):
@@ -372,7 +406,9 @@ def test_report_of_what_is_there(tmp_path):
     names = [study_plan.Run(run["name"], "", (), run["seed"], (), {}) for run in runs]
     plan = {"gfl": {"plain": names}, "fcos": {"plain": []}}
     results = {run["name"]: run for run in runs}
-    report = study_report.write_report(content, plan, results, tmp_path / "study" / "data")
+    report = study_report.write_report(
+        content, plan, results, tmp_path / "study" / "data", "shapes"
+    )
     text = report.read_text()
     assert "| plain | 2 | 100 | 100 | 1.20 | 2.0 | 15.0 ± 63.5 | 35.0 ± 63.5 |" in text
     assert "FCOS" not in text
@@ -380,7 +416,9 @@ def test_report_of_what_is_there(tmp_path):
     assert "The paper's numbers are of COCO" in text
     assert (report.parent / "report.png").stat().st_size > 10_000
     content["rows"] = {k: {**row, "paper": None} for k, row in content["rows"].items()}
-    report = study_report.write_report(content, plan, results, tmp_path / "study" / "data")
+    report = study_report.write_report(
+        content, plan, results, tmp_path / "study" / "data", "shapes"
+    )
     assert "paper's numbers" not in report.read_text()
     assert "claims" not in report.read_text()
 

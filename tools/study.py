@@ -2,7 +2,8 @@
 """Trains the rows of studies with several seeds, and reports what they show.
 
     python tools/study.py STUDY [STUDY ...] [--data shapes <COCO-format folder> ...] [--seeds 3]
-        [--detectors NAME ...] [--jobs 1] [--output output/studies] [--report-only]
+        [--detectors NAME ...] [--schedule 1] [--jobs 1] [--output output/studies]
+        [--report-only]
 
 A study is the name of a file in configs/studies, or a yaml file like those. It has detectors,
 overrides, and rows, each of which has
@@ -18,7 +19,7 @@ A mapping, as a value of overrides or as the paper's AP, has a value for each de
 Every row is a run of train_net.py. Its result is a line of <output>/results.jsonl; rows that train
 the same, of one study or of several, are one run. Finished runs are skipped, interrupted ones are
 continued. Checkpoints are kept of those that others start from. Each study gets a report for each
-data set, <output>/<study>/<data set>/report.md.
+data set, <output>/<study>/<data set>/report.md; with --schedule 2, <data set>_2x/report.md.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ def parse_args():
     )
     parser.add_argument("--seeds", type=int, default=3, help="how many: 1, 2, ... (3)")
     parser.add_argument("--detectors", nargs="+", metavar="NAME", help="some of the studies'")
+    parser.add_argument(
+        "--schedule", type=int, default=1, help="how many times as long all schedules are (1)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (1)")
     parser.add_argument("--output", type=Path, default=Path("output/studies"))
     parser.add_argument("--report-only", action="store_true", help="train nothing")
@@ -232,7 +236,7 @@ def main():
         for seed in range(1, args.seeds + 1):
             for name, study in studies.items():
                 for detector in study["detectors"]:
-                    planned = plan_runs(study, detector, dataset, seed, args.output)
+                    planned = plan_runs(study, detector, dataset, seed, args.output, args.schedule)
                     runs += planned.values()
                     rows = plans.setdefault((name, dataset), {}).setdefault(detector, {})
                     for row, run in planned.items():
@@ -254,8 +258,12 @@ def main():
         if not any(run.name in results for run in planned):
             print(f"No run of {name} on {dataset} is finished, so there is no report")
             continue
-        folder = args.output / Path(name).stem / dataset_name(dataset)
-        print(f"Report: {write_report(studies[name], plan, results, folder)}")
+        data = dataset_name(dataset)
+        folder = args.output / Path(name).stem / data
+        if args.schedule != 1:
+            folder = folder.with_name(f"{data}_{args.schedule}x")
+            data += f", with schedules {args.schedule} times as long as the configs'"
+        print(f"Report: {write_report(studies[name], plan, results, folder, data)}")
     if failed:
         raise SystemExit("These runs failed, or start from one that did:\n" + "\n".join(failed))
 

@@ -14,12 +14,22 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
+from crosskd import add_crosskd_config
+from labelenc import add_labelenc_config
+from plaindet.config import merge_config
 from plaindet.data import find_coco_folder
 
 from demo_runs import CONFIGS, REPOSITORY, dataset_overrides
 
 STUDIES = REPOSITORY / "configs" / "studies"
 BUILT_IN = "shapes"
+ITERATIONS = (
+    "SOLVER.MAX_ITER",
+    "SOLVER.STEPS",
+    "MODEL.LABELENC.WARMUP_ITERS",
+    "MODEL.LABELENC.CUTOFF_ITERS",
+    "TEST.EVAL_PERIOD",
+)
 
 
 @dataclass(frozen=True)
@@ -74,13 +84,16 @@ def parent_rows(row: dict) -> set[str]:
     return {field for field in fields if field}
 
 
-def plan_runs(study: dict, detector: str, dataset: str, seed: int, output: Path) -> dict[str, Run]:
+def plan_runs(
+    study: dict, detector: str, dataset: str, seed: int, output: Path, schedule: int = 1
+) -> dict[str, Run]:
     """The runs of all rows of a study, by row. Those that train the same have the same name, also
     in another study. Rows with a part of the training images are left out of the built-in data set.
 
     Args:
         dataset: shapes, or a folder in COCO format.
         output: for the json files of parts of the data set.
+        schedule: how many times as long all schedules are.
     """
     is_built_in = dataset == BUILT_IN
     data = dataset_overrides(None if is_built_in else dataset)
@@ -96,6 +109,8 @@ def plan_runs(study: dict, detector: str, dataset: str, seed: int, output: Path)
             key: str(value[detector] if isinstance(value, dict) else value)
             for key, value in overrides.items()
         }
+        if schedule != 1:
+            overrides.update(longer_schedule(config, overrides, schedule))
         parents = {parent: runs[parent] for parent in sorted(parent_rows(row))}
         # Without the seeds, so that a row has one folder, with one for each seed in it.
         starts = {parent: os.path.dirname(run.name) for parent, run in parents.items()}
@@ -116,6 +131,19 @@ def plan_runs(study: dict, detector: str, dataset: str, seed: int, output: Path)
             parents=parents,
         )
     return runs
+
+
+def longer_schedule(config: str, overrides: dict[str, str], factor: int) -> dict[str, str]:
+    """The overrides of a config, in addition to those given, with which all of its phases, and the
+    time between evaluations, are `factor` times as long."""
+    pairs = [item for pair in overrides.items() for item in pair]
+    cfg = merge_config(CONFIGS / config, pairs, [add_labelenc_config, add_crosskd_config])
+    longer = {}
+    for key in ITERATIONS:
+        value = functools.reduce(lambda node, name: node[name], key.split("."), cfg)
+        is_tuple = isinstance(value, tuple)
+        longer[key] = str(tuple(factor * x for x in value) if is_tuple else factor * value)
+    return longer
 
 
 def dataset_name(dataset: str) -> str:

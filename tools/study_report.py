@@ -19,14 +19,17 @@ STEEP = 0.5  # of the steepest slope; a baseline that stops below it is past its
 PANEL_INCHES, DPI = (4.0, 3.2), 80
 
 
-def write_report(study: dict, plan: dict, results: dict[str, dict], folder: Path) -> Path:
+def write_report(
+    study: dict, plan: dict, results: dict[str, dict], folder: Path, data: str
+) -> Path:
     """Writes report.md and report.png.
 
     Args:
         study: the content of its file.
         plan: detector -> row -> its runs, one for each seed. Rows may be left out.
         results: by the names of runs; some may be missing.
-        folder: of the report.
+        folder: of the report, below that of the study.
+        data: the name of the data set, and what is to be said of it.
 
     Returns:
         the path of report.md
@@ -45,7 +48,7 @@ def write_report(study: dict, plan: dict, results: dict[str, dict], folder: Path
     parts = [
         f"# {study['title']}\n",
         study["question"].strip() + "\n",
-        setting(study, plan, results, folder),
+        setting(study, plan, results, folder.parent.name, data),
         "## What the runs show\n",
         *summary(comparisons, has_paper(study)),
         comparison_table(comparisons),
@@ -186,7 +189,7 @@ def compare(study: dict, tables: dict, results: dict[str, dict]) -> list[Compari
     return comparisons
 
 
-def setting(study: dict, plan: dict, results: dict[str, dict], folder: Path) -> str:
+def setting(study: dict, plan: dict, results: dict[str, dict], name: str, data: str) -> str:
     runs = [run for rows in plan.values() for row in rows.values() for run in row]
     seeds = sorted({run.seed for run in runs})
     names = {run.name for run in runs}
@@ -196,9 +199,9 @@ def setting(study: dict, plan: dict, results: dict[str, dict], folder: Path) -> 
         else ""
     )
     return (
-        f"Data set: {folder.name}. Seeds: {', '.join(map(str, seeds))}. Finished runs: "
+        f"Data set: {data}. Seeds: {', '.join(map(str, seeds))}. Finished runs: "
         f"{len(names & results.keys())} of {len(names)}. The configs and overrides of the rows are "
-        f"in `{folder.parent.name}.yaml`.{paper}\n\n"
+        f"in `{name}.yaml`.{paper}\n\n"
         f"Intervals are Student's, of {CONFIDENCE:.0%}, over the seeds: not over images, and not "
         "corrected for the number of comparisons. Differences are paired by seed.\n"
     )
