@@ -268,6 +268,18 @@ def test_resume_needs_no_step1_file(step2_cfg, step1, tmp_path):
     assert resumed.iter == 6
 
 
+@pytest.mark.parametrize(("step", "key"), [(1, "WARMUP_ITERS"), (2, "CUTOFF_ITERS")])
+@pytest.mark.parametrize(("iterations", "is_warned"), [(2, True), (1, False)])
+def test_phase_as_long_as_the_run_is_warned_of(make_cfg, caplog, step, key, iterations, is_warned):
+    cfg = make_cfg(
+        STEP1 if step == 1 else STEP2,
+        *("SOLVER.MAX_ITER", "2", f"MODEL.LABELENC.{key}", str(iterations)),
+    )
+    LabelEncTrainer(cfg)
+    warning = f"MODEL.LABELENC.{key} {iterations}, expected less than SOLVER.MAX_ITER 2"
+    assert (warning in caplog.text) == is_warned
+
+
 def test_reference_world_size_scales_the_phases(make_cfg):
     cfg = make_cfg(
         "LabelEnc/retinanet_R_50_FPN_step1.yaml",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 from detectron2.config import CfgNode
@@ -14,6 +15,8 @@ from plaindet.modeling import build_teacher
 from .dataset_mapper import LabelMapDatasetMapper
 from .detector import LabelEncDetector
 from .step1_file import FILE_NAME, inherit_step1_file, inherit_teacher, save_step1_file
+
+logger = logging.getLogger(__name__)
 
 
 class LabelEncTrainer(PlainTrainer):
@@ -77,6 +80,12 @@ class LabelEncTrainer(PlainTrainer):
             stop -= labelenc.CUTOFF_ITERS
         if model.distance_weight == 0:
             stop = start
+        elif start >= stop:
+            key = "WARMUP_ITERS" if model.step == 1 else "CUTOFF_ITERS"
+            logger.warning(
+                f"The distance loss is never switched on: MODEL.LABELENC.{key} {labelenc[key]}, "
+                f"expected less than SOLVER.MAX_ITER {self.max_iter}"
+            )
         mapper = self.mapper if model.step == 2 and model.label_encoder is not None else None
         return [DistancePhase(model, start, stop, mapper), *super().build_hooks()]
 
