@@ -1,6 +1,7 @@
 #!/usr/bin/env python
-"""Measures what CrossKD costs, as ratios to what it cannot do without: a training iteration of the
-plain student and a forward pass of the teacher.
+"""Measures what CrossKD costs, as ratios to what it cannot do without.
+
+That is a training iteration of the plain student and a forward pass of the teacher.
 
     python tools/benchmark_crosskd.py [--size 416 672] [--student-depth 18] [--teacher-depth 50] ...
 
