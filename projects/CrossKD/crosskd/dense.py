@@ -19,12 +19,13 @@ class CrossKDRetinaNet(CrossKDDetector, RetinaNet):
 @META_ARCH_REGISTRY.register()
 class CrossKDFCOS(CrossKDDetector, FCOS):
     """FCOS trained with CrossKD. The distillation losses of all positions, padding included, are
-    divided by the sum of the centerness targets, as in the official implementation."""
+    divided by the sum of the centerness targets, as in the official implementation, or by 1 if that
+    is less: they are not 0 in a batch without positives."""
 
     def assignment(self, anchors, gt_labels, gt_boxes, images):
         positive = torch.stack(gt_labels) != self.num_classes
         centerness = self.centerness_targets(anchors, gt_boxes, positive)
-        normalizer = mean_over_processes(centerness.sum()).clamp(min=1e-6)
+        normalizer = mean_over_processes(centerness.sum()).clamp(min=1)
         return Assignment(positive, torch.ones_like(centerness), normalizer)
 
 
