@@ -91,6 +91,20 @@ def test_teacher_that_is_the_student(make_trainer, detector):
 
 
 @detectors
+def test_batch_without_objects(make_trainer, detector):
+    """Where nothing is positive the teacher still teaches, about as strongly as elsewhere."""
+    trainer = make_trainer(detector)
+    batch, losses = next(iter(trainer.data_loader)), []
+    with EventStorage():
+        losses.append(trainer.model(batch))
+        for image in batch:
+            image["instances"] = image["instances"][:0]
+        losses.append(trainer.model(batch))
+    for name in KD:
+        assert 0 < losses[1][name] < 100 * losses[0][name]
+
+
+@detectors
 def test_detection_losses_are_the_plain_detector_s(make_trainer, make_cfg, detector):
     trainer = make_trainer(detector)
     plain = build_model(make_cfg(f"quick/{detector}_R_18_baseline.yaml")).train()
@@ -234,6 +248,7 @@ ANCHORS = "MODEL.ANCHOR_GENERATOR.SIZES"
     [
         (["MODEL.RETINANET.NUM_CLASSES", 5], "number of classes is 5, the student's is 3"),
         ([ANCHORS, [[16], [32], [64], [128], [256]]], "teacher's anchors"),
+        (["MODEL.ANCHOR_GENERATOR.OFFSET", 0.5], "anchor offset is 0.5, the student's is 0.0"),
         (
             ["MODEL.RETINANET.IN_FEATURES", ["p3", "p4"], ANCHORS, [[16]]],
             r"strides of the levels is \[8, 16\]",
@@ -251,6 +266,15 @@ ANCHORS = "MODEL.ANCHOR_GENERATOR.SIZES"
 def test_teacher_that_does_not_fit(make_trainer, teacher, message):
     with pytest.raises(ValueError, match=message):
         make_trainer("retinanet", teacher=teacher)
+
+
+def test_feature_loss_needs_equal_channels(make_trainer):
+    with pytest.raises(ValueError, match=r"channels .*FEATURE_WEIGHT, is \[96, .* is \[64, "):
+        make_trainer(
+            "retinanet",
+            *("MODEL.CROSSKD.FEATURE_WEIGHT", "1.0"),
+            teacher=("MODEL.FPN.OUT_CHANNELS", 96),
+        )
 
 
 @pytest.mark.parametrize(
@@ -294,18 +318,27 @@ def test_rounded_centres_of_anchors_do_not_decide_what_is_padding(read_cfg):
         assert level.sum() == 9 * -(-128 // stride) * -(-192 // stride)
 
 
-def test_options(make_cfg):
-    for key, value, expected in (
-        ("STRATEGY", "e", "'a', 'b', 'c', 'd', 'mimicking'"),
-        ("POSITION", 3, "0, 1, 2"),
-        ("CLS_LOSS", "focal", "'qfl', 'bce'"),
-        ("CLS_REGION", "none", "'all', 'positive', 'negative'"),
-        ("BOX_LOSS", "l2", "'giou', 'iou', 'l1', 'kl'"),
-    ):
-        cfg = make_cfg("quick/retinanet_R_18_crosskd.yaml")
-        cfg.MODEL.CROSSKD[key] = value
-        with pytest.raises(ValueError, match=rf"MODEL.CROSSKD.{key} is .*, expected .*{expected}"):
-            build_model(cfg)
+@pytest.mark.parametrize(
+    ("detector", "key", "value", "expected"),
+    [
+        ("retinanet", "STRATEGY", "e", "'a', 'b', 'c', 'd', 'mimicking'"),
+        ("retinanet", "POSITION", 3, "0, 1, 2"),
+        ("retinanet", "CLS_LOSS", "focal", "'qfl', 'bce'"),
+        ("retinanet", "CLS_REGION", "none", "'all', 'positive', 'negative'"),
+        ("gfl", "BOX_LOSS", "l2", "'giou', 'iou', 'l1', 'kl'"),
+        # Their boxes are no distributions: the loss would be 0.
+        ("retinanet", "BOX_LOSS", "kl", r"'giou', 'iou', 'l1'\]"),
+        ("atss", "BOX_LOSS", "kl", r"'giou', 'iou', 'l1'\]"),
+        ("fcos", "BOX_LOSS", "kl", r"'giou', 'iou', 'l1'\]"),
+        ("retinanet", "CENTERNESS_WEIGHT", 1.0, r"\[0\]"),
+        ("gfl", "CENTERNESS_WEIGHT", 1.0, r"\[0\]"),
+    ],
+)
+def test_options(make_cfg, detector, key, value, expected):
+    cfg = make_cfg(f"quick/{detector}_R_18_crosskd.yaml")
+    cfg.MODEL.CROSSKD[key] = value
+    with pytest.raises(ValueError, match=rf"MODEL.CROSSKD.{key} is .*, expected .*{expected}"):
+        build_model(cfg)
 
 
 def test_regions(make_trainer):

@@ -66,16 +66,21 @@ class CrossKDDetector(CrossKDDistiller):
             cls_gamma: of the quality focal loss; 0 is the binary cross entropy.
             cls_weight, box_weight, centerness_weight, feature_weight: of the distillation losses.
             cls_region: "all", "positive" or "negative".
-            box_loss_type: "giou", "iou", "l1", or "kl" with `box_temperature`.
+            box_loss_type: "giou", "iou", "l1", or "kl" with `box_temperature` of a detector that
+                predicts distributions.
             detector: the arguments of the plain meta-architecture.
 
         Raises:
-            ValueError: an option has an unknown value.
+            ValueError: an option has an unknown value, or one that this detector cannot have.
         """
         super().__init__(**detector)
+        _, box_dims, *centerness_dims = prediction_dims(self)
+        box_losses = ("giou", "iou", "l1", *(["kl"] if box_dims > 4 else []))
         check_option("CROSSKD.STRATEGY", strategy, STRATEGIES)
         check_option("CROSSKD.CLS_REGION", cls_region, ("all", "positive", "negative"))
-        check_option("CROSSKD.BOX_LOSS", box_loss_type, ("giou", "iou", "l1", "kl"))
+        check_option("CROSSKD.BOX_LOSS", box_loss_type, box_losses)
+        if not centerness_dims:
+            check_option("CROSSKD.CENTERNESS_WEIGHT", centerness_weight, (0,))
         check_option("CROSSKD.POSITION", position, range(num_positions(self.head) + 1))
         self.position = position
         self.strategy = strategy
@@ -147,8 +152,12 @@ class CrossKDDetector(CrossKDDistiller):
                 "anchors": [
                     [anchors.tolist() for anchors in x.anchor_generator.cell_anchors] for x in both
                 ],
+                "anchor offset": [x.anchor_generator.offset for x in both],
             }
         )
+        if self.feature_weight > 0:
+            channels = [[shape.channels for shape in levels] for levels in shapes]
+            check_equal({"number of channels of the levels, for FEATURE_WEIGHT,": channels})
         positions = num_positions(teacher.model.head)
         if self.position > positions:
             raise ValueError(
