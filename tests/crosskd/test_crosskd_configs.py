@@ -104,7 +104,8 @@ def test_settings_of_the_official_code(read_cfg, name):
     if detector == "fcos":
         assert (solver.WARMUP_METHOD, round(solver.WARMUP_FACTOR, 3)) == ("constant", 0.333)
         assert (solver.BIAS_LR_FACTOR, solver.WEIGHT_DECAY_BIAS) == (2, 0)
-        assert (solver.CLIP_GRADIENTS.CLIP_TYPE, solver.CLIP_GRADIENTS.CLIP_VALUE) == ("norm", 35)
+        clip = solver.CLIP_GRADIENTS
+        assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE) == (True, "full_model", 35)
         assert (cfg.INPUT.FORMAT, cfg.MODEL.FPN.TOP_BLOCK) == ("BGR", "LastLevelP6P7")
         assert cfg.INPUT.MIN_SIZE_TRAIN == (640, 800)
     else:
@@ -119,6 +120,8 @@ def test_settings_of_the_official_code(read_cfg, name):
         assert box_head.SMOOTH_L1_BETA == cfg.MODEL.RPN.SMOOTH_L1_BETA == 0  # L1
     else:
         assert cfg.MODEL.FPN.TOP_BLOCK_IN_FEATURE == "p5"
+        nms_threshold = cfg.MODEL[detector.upper()].NMS_THRESH_TEST
+        assert nms_threshold == (0.5 if detector in ("retinanet", "fcos") else 0.6)
         assert cfg.MODEL.FPN.TOP_BLOCK.endswith("WithoutReLU") == (detector != "fcos")
 
 
