@@ -189,6 +189,7 @@ CASES = {
     "box with null": (annotation(bbox=[1, 2, None, 4]), FIRST + "the box is"),
     "box with NaN": (annotation(bbox=[1, 2, NAN, 4]), FIRST + "the box is .*nan"),
     "infinite box": (annotation(bbox=[1, 2, INFINITY, 4]), FIRST + "the box is .*inf"),
+    "inverted box": (annotation(bbox=[30, 30, -9, 9]), FIRST + ".*XYWH_ABS.* has a negative width"),
     "box beyond floats": (annotation(bbox=[1, 2, 10**400, 4]), FIRST + "the box is"),
     "odd iscrowd": (annotation(iscrowd=2), FIRST + "iscrowd is 2, expected 0 or 1"),
     "height 0": (image(height=0), r"1\.png: the image's height and width are \(0, 80\)"),
@@ -226,7 +227,6 @@ CASES = {
     # What Detectron2 handles: left out
     "box of width 0": (annotation(bbox=[5, 5, 0, 9]), HANDLED),
     "box of height 0": (annotation(bbox=[5, 5, 9, 0]), HANDLED),
-    "inverted box": (annotation(bbox=[30, 30, -9, -9]), HANDLED),
     "box outside": (annotation(bbox=[500, 500, 9, 9]), HANDLED),
     "negative box outside": (annotation(bbox=[-50, -50, 9, 9]), HANDLED),
     "crowd": (annotation(iscrowd=1), HANDLED),
@@ -324,6 +324,14 @@ def test_class_outside_of_a_registered_list(make_cfg):
     finally:
         DatasetCatalog.remove("listed")
         MetadataCatalog.remove("listed")
+
+
+def test_records_without_annotations(tiny_data):
+    """Detectron2 neither filters such images nor gives them instances, which the losses need."""
+    (record, *_) = DatasetCatalog.get("tiny_train")
+    del record["annotations"]
+    with pytest.raises(ValueError, match=r"1\.png: no annotations, expected a list"):
+        check_records([record])
 
 
 def test_size_of_coco_takes_seconds(tiny_data):

@@ -42,6 +42,8 @@ def check_records(
         if not all(side is None or (_is_integer(side) and side > 0) for side in size):
             problems.append(f"{name}: the image's height and width are {size}")
             continue
+        if "annotations" not in record:
+            problems.append(f"{name}: no annotations, expected a list, empty without objects")
         for i, annotation in enumerate(record.get("annotations", ())):
             problem = _problem(annotation, size, num_classes, mask_format)
             if problem is None and not _has_area(annotation, size):
@@ -97,6 +99,9 @@ def _problem(annotation, size, num_classes, mask_format) -> str | None:
         return f"bbox_mode is {mode!r}, expected XYWH_ABS or XYXY_ABS"
     if not isinstance(box, (list, tuple, np.ndarray)) or len(box) != 4 or not _all_finite(box):
         return f"the box is {box!r}, expected 4 finite numbers"
+    x0, y0, x1, y1 = _corners(box, mode)
+    if x1 < x0 or y1 < y0:  # the augmentations would swap the corners
+        return f"the box {box!r} ({mode.name}) has a negative width or height"
     category = annotation.get("category_id")
     if not _is_integer(category) or category < 0:
         return f"category_id is {category!r}, expected an integer from 0"

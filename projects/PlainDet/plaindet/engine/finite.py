@@ -20,8 +20,7 @@ class FiniteLosses(HookBase):
 
     Register it with the inner trainer (`SimpleTrainer`), which alone calls `after_backward`.
 
-    On a GPU the host waits for the end of the forward pass alone, while the backward pass is
-    queued, so that the GPU never waits for the host.
+    On a GPU the host waits for the end of the forward pass, while the backward pass is queued.
     """
 
     def __init__(self, model: nn.Module, output_dir: str):
