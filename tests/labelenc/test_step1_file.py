@@ -31,6 +31,10 @@ def step1_file(make_cfg, tmp_path):
             r"another head: only in the config \['head.bbox_subnet.6.bias'.* in the file \[\]",
         ),
         (
+            ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[0.5, 1.0]]"),
+            r"another head: head.cls_score.weight is \(27, 64, 3, 3\) .* and \(18, 64, 3, 3\) in",
+        ),
+        (
             ("MODEL.FPN.NORM", ""),
             r"another label encoder: only in the config \['fpn_lateral3.bias'.*, only in the file "
             r"\['fpn_lateral3.norm.bias'",

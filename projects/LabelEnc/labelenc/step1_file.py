@@ -71,7 +71,7 @@ def inherit_step1_file(model: LabelEncDetector, path: str, with_detector: bool =
     """Initialises step 2: the label encoder and the head from the step-1 file, and the detector's
     FPN from the *encoder's* FPN, as the official implementation does.
 
-    Layers whose shape differs (FPN laterals on a backbone of other widths, say) keep their
+    Layers of the FPN whose shape differs (laterals on a backbone of other widths, say) keep their
     initialisation and are named in the log.
 
     Args:
@@ -80,7 +80,8 @@ def inherit_step1_file(model: LabelEncDetector, path: str, with_detector: bool =
         with_detector: also the head and the FPN, and not the label encoder alone.
 
     Raises:
-        ValueError: the file is no step-1 file, or one of another detector, class count or FPN.
+        ValueError: the file is no step-1 file, or one of another detector, class count, FPN or
+            head.
     """
     data = _load(path)
     found, expected = data["description"], describe(model)
@@ -94,7 +95,7 @@ def inherit_step1_file(model: LabelEncDetector, path: str, with_detector: bool =
 
     _check_keys("label encoder", model.label_encoder.state_dict(), data["label_encoder"], path)
     if with_detector:
-        _check_keys("head", _head_state_dict(model), data["head"], path)
+        _check_head(model, data["head"], path)
     model.label_encoder.load_state_dict(data["label_encoder"])
     if with_detector:
         _load_matching_layers(model, {**_fpn(data["label_encoder"]), **data["head"]}, path)
@@ -113,7 +114,7 @@ def inherit_teacher(model: LabelEncDetector, path: str) -> None:
     teacher = model.feature_teacher.model
     head, fpn = _head_state_dict(teacher), _fpn(teacher.backbone.state_dict())
     _check_keys("FPN", _fpn(model.backbone.state_dict()), fpn, path)
-    _check_keys("head", _head_state_dict(model), head, path)
+    _check_head(model, head, path)
     _load_matching_layers(model, {**fpn, **head}, path)
 
 
@@ -164,6 +165,17 @@ def _check_keys(name: str, expected: dict, found: dict, path: str) -> None:
             f"{sorted(expected.keys() - found.keys())}, only in the file "
             f"{sorted(found.keys() - expected.keys())}"
         )
+
+
+def _check_head(model: LabelEncDetector, found: dict[str, torch.Tensor], path: str) -> None:
+    expected = _head_state_dict(model)
+    _check_keys("head", expected, found, path)
+    for key, value in found.items():
+        if value.shape != expected[key].shape:
+            raise ValueError(
+                f"{path} has another head: {key} is {tuple(value.shape)} in the file and "
+                f"{tuple(expected[key].shape)} in the config"
+            )
 
 
 def _load_matching_layers(
