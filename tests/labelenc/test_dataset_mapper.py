@@ -65,6 +65,12 @@ def test_masks_need_masks(make_cfg):
         LabelMapDatasetMapper(cfg, is_train=True)
 
 
+def test_unknown_label_map(make_cfg):
+    cfg = make_cfg(STEP1, "MODEL.LABELENC.LABEL_MAP", "mask")
+    with pytest.raises(ValueError, match="LABEL_MAP is 'mask', expected 'boxes' or 'masks'"):
+        LabelMapDatasetMapper(cfg, is_train=True)
+
+
 @pytest.mark.parametrize("index", [1, 2], ids=["empty", "crowd only"])
 def test_image_without_objects(make_cfg, dataset_dicts, index):
     data = LabelMapDatasetMapper(make_cfg(STEP1), is_train=True)(dataset_dicts[index])

@@ -47,9 +47,14 @@ class LabelMapDatasetMapper(PlainDatasetMapper):
 
     @classmethod
     def from_config(cls, cfg, is_train: bool = True):
+        label_map = cfg.MODEL.LABELENC.LABEL_MAP
+        if label_map not in ("boxes", "masks"):
+            raise ValueError(
+                f"MODEL.LABELENC.LABEL_MAP is {label_map!r}, expected 'boxes' or 'masks'"
+            )
         return {
             **super().from_config(cfg, is_train),
-            "use_masks": cfg.MODEL.LABELENC.LABEL_MAP == "masks",
+            "use_masks": label_map == "masks",
             "augment": cfg.MODEL.LABELENC.STEP == 1,
         }
 
