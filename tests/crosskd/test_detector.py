@@ -290,6 +290,17 @@ def test_missing_files_of_a_teacher(make_trainer, option, error, message):
         make_trainer("retinanet", f"MODEL.CROSSKD.TEACHER.{option[0]}", option[1])
 
 
+def test_config_of_a_run_is_not_its_plain_config(make_trainer, make_cfg, tmp_path):
+    """config.yaml, which a run writes beside plain_config.yaml, has the keys of the methods."""
+    path = tmp_path / "config.yaml"
+    path.write_text(make_cfg("quick/retinanet_R_34_teacher.yaml").dump())
+    message = (
+        r"CONFIG_FILE: .*config.yaml is not .* plain detector .*CROSSKD.* plain_config.yaml in"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_trainer("retinanet", "MODEL.CROSSKD.TEACHER.CONFIG_FILE", str(path))
+
+
 def test_weights_of_a_part_of_the_teacher(make_trainer):
     options = str(["MODEL.RETINANET.NUM_CLASSES", 3, "MODEL.RETINANET.NUM_CONVS", 3])
     with pytest.raises(ValueError, match=r"retinanet_teacher.pth does not .* lacks head\."):

@@ -64,10 +64,17 @@ def build_teacher(node: CfgNode, device: str, key: str) -> Teacher:
 
     Raises:
         FileNotFoundError: a file that does not exist.
-        ValueError: no file is given, or the weights lack parameters of the config's detector.
+        ValueError: no file is given, the config has keys of a method, or the weights lack
+            parameters of the config's detector.
     """
     _check_file(node.CONFIG_FILE, f"{key}.CONFIG_FILE")
-    cfg = merge_config(node.CONFIG_FILE, node.OPTS)
+    try:
+        cfg = merge_config(node.CONFIG_FILE, node.OPTS)
+    except KeyError as error:
+        raise ValueError(
+            f"{key}.CONFIG_FILE: {node.CONFIG_FILE} is not the config of a plain detector "
+            f"({error.args[0]}). That of a training run is plain_config.yaml in its OUTPUT_DIR"
+        ) from error
     cfg.MODEL.DEVICE = device
     weights = node.WEIGHTS or cfg.MODEL.WEIGHTS
     _check_file(weights, f"{key}.WEIGHTS")
