@@ -89,7 +89,15 @@ assert dumps[0] == dumps[1] != before
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
-def test_missing_detectron2(tmp_path):
-    code = "import sys; sys.modules['detectron2'] = None; import plaindet"
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("detectron2", "extends Detectron2, which is not installed in this environment"),
+        ("torch", "ModuleNotFoundError: import of torch halted"),  # which Detectron2 imports
+    ],
+)
+def test_missing_module(module, message):
+    code = f"import sys; sys.modules['{module}'] = None; import plaindet"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "extends Detectron2, which is not installed in this environment" in result.stderr
+    assert message in result.stderr
+    assert ("extends Detectron2" in result.stderr) == (module == "detectron2")

@@ -3,6 +3,8 @@
 try:
     import detectron2
 except ModuleNotFoundError as error:
+    if error.name != "detectron2":
+        raise
     raise ModuleNotFoundError(
         "This project extends Detectron2, which is not installed in this environment. Install it "
         "with `PYTHON=python tools/install.sh` (see the README), or as its own documentation says."

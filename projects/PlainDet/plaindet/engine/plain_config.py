@@ -15,8 +15,8 @@ FILE_NAME = "plain_config.yaml"
 def write_plain_config(cfg: CfgNode, model: nn.Module) -> None:
     """Writes `OUTPUT_DIR/plain_config.yaml`: the config of the plain detector that the run trains,
     with the keys of Detectron2 alone, so that Detectron2 without this project evaluates, exports
-    or fine-tunes the run's checkpoints. With plaindet's keys too where the detector has parts of
-    plaindet."""
+    or fine-tunes the run's checkpoints (the latter with a SOLVER of its own, where that has options
+    of plaindet). With plaindet's keys too where the detector has parts of plaindet."""
     plain = get_cfg()
     if _needs_plaindet(cfg, model):
         add_plaindet_config(plain)
