@@ -1,13 +1,17 @@
 """CrossKD's training of dense detectors."""
 
+import itertools
+
 import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
-from detectron2.structures import ImageList
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from iteration import check_needs_teacher, check_training_run, losses_of, with_gradient
+from torchvision.ops import box_iou, generalized_box_iou_loss
 
+from crosskd.detector import Assignment, Predictions
 from plaindet.modeling import ATSS, FCOS, GFL
 
 PLAIN_CLASSES = {"retinanet": RetinaNet, "fcos": FCOS, "gfl": GFL, "atss": ATSS}
@@ -71,6 +75,21 @@ def test_gradient_of_each_strategy(make_trainer, strategy, reached):
     assert found >= reached
     if strategy == "a":
         assert "after" not in found
+
+
+@pytest.mark.parametrize("strategy", ["a", "b", "c", "d"])
+def test_features_and_head_of_each_strategy(make_trainer, strategy):
+    """Fig. 1 of the supplement: (a) and (c) take the student's features through the teacher's head,
+    (b) and (d) the teacher's through the student's."""
+    model = (trainer := make_trainer("retinanet", "MODEL.CROSSKD.STRATEGY", strategy)).model
+    calls, original = [], model.cross_head_predictions
+    model.cross_head_predictions = lambda *args: calls.append(args) or original(*args)
+    losses_of(trainer)
+    ((held, reference, detector),) = calls
+    is_student = strategy in ("a", "c")
+    assert held.cls[0].requires_grad == held.box[0].requires_grad == is_student
+    assert reference.cls[0].requires_grad == reference.box[0].requires_grad == (not is_student)
+    assert detector is (model.teacher.model if is_student else model)
 
 
 @detectors
@@ -352,16 +371,115 @@ def test_options(make_cfg, detector, key, value, expected):
         build_model(cfg)
 
 
-def test_regions(make_trainer):
-    """Table 1: the losses of the positives and of the negatives add up to that of all."""
-    trainer = make_trainer("retinanet")
-    batch, losses = next(iter(trainer.data_loader)), {}
-    for region in ("positive", "negative", "all"):
-        trainer.model.cls_region = region
-        with EventStorage():
-            losses[region] = trainer.model(batch)["loss_kd_cls"].item()
-    assert losses["positive"] > 0
-    assert losses["positive"] + losses["negative"] == pytest.approx(losses["all"], rel=1e-5)
+@pytest.mark.parametrize(
+    ("detector", "box_loss", "cls_loss"),
+    [
+        ("atss", "giou", "qfl"),
+        ("atss", "iou", "bce"),
+        ("atss", "l1", "qfl"),
+        ("gfl", "kl", "qfl"),
+        ("gfl", "giou", "bce"),
+    ],
+)
+@pytest.mark.parametrize("region", ["all", "positive", "negative"])
+def test_distillation_losses(make_cfg, detector, box_loss, cls_loss, region):
+    """Anchor by anchor from the definition, of two images with three anchors."""
+    cfg = make_cfg(
+        f"quick/{detector}_R_18_crosskd.yaml",
+        *("MODEL.CROSSKD.CLS_LOSS", cls_loss, "MODEL.CROSSKD.CLS_GAMMA", "2.0"),
+        *("MODEL.CROSSKD.CLS_REGION", region, "MODEL.CROSSKD.CLS_WEIGHT", "0.5"),
+        *("MODEL.CROSSKD.BOX_LOSS", box_loss, "MODEL.CROSSKD.BOX_WEIGHT", "3.0"),
+        *("MODEL.CROSSKD.BOX_TEMPERATURE", "2.0"),
+        *("MODEL.CROSSKD.CENTERNESS_WEIGHT", "0.25" if detector == "atss" else "0.0"),
+    )
+    model = build_model(cfg)
+    anchors = torch.tensor([[0.0, 0, 40, 40], [20, 10, 60, 50], [30, 30, 70, 70]])
+    prediction, target = (
+        Predictions(
+            model,
+            torch.randn(2, 3, 3) * 2,
+            torch.randn(2, 3, 4 if detector == "atss" else 4 * 17),
+            torch.randn(2, 3, 1) if detector == "atss" else None,
+        )
+        for _ in range(2)
+    )
+    positive = torch.tensor([[True, False, False], [False, True, False]])
+    valid = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+    assignment = Assignment(positive, valid, torch.tensor(4.0))
+    losses = model.distillation_losses([Boxes(anchors)], prediction, target, assignment)
+
+    expected, confidences = dict.fromkeys(losses, 0.0), 0.0
+    for i, a in itertools.product(range(2), range(3)):
+        if not valid[i, a]:
+            continue
+        p, q = (x.logits[i, a].sigmoid() for x in (prediction, target))
+        entropy = -(q * p.log() + (1 - q) * (1 - p).log())
+        loss = ((p - q).abs() ** 2 * entropy if cls_loss == "qfl" else entropy).sum()
+        if region == "all" or (region == "positive") == positive[i, a]:
+            expected["loss_kd_cls"] += 0.5 * loss / 4
+        sides = [x.regression[i, a] for x in (prediction, target)]
+        if box_loss == "kl":
+            p, q = ((x.view(4, 17) / 2).softmax(1) for x in sides)
+            distance = 2**2 * (q * (q / p).log()).sum(1).mean()
+        else:
+            boxes = [model.box2box_transform.apply_deltas(x[None], anchors[a][None]) for x in sides]
+            distance = {
+                "giou": lambda x, y: generalized_box_iou_loss(x, y).sum(),
+                "iou": lambda x, y: -box_iou(x, y).log().sum(),
+                "l1": lambda x, y: (x - y).abs().sum(),
+            }[box_loss](*boxes)
+        confidence = target.logits[i, a].sigmoid().max()
+        confidences += confidence
+        expected["loss_kd_box"] += 3 * confidence * distance / (1 if box_loss == "kl" else 4)
+        if detector == "atss" and positive[i, a]:
+            p, q = (x.centerness_logits[i, a].sigmoid().sum() for x in (prediction, target))
+            entropy = -(q * p.log() + (1 - q) * (1 - p).log())
+            expected["loss_kd_centerness"] += 0.25 * entropy / 4
+    if box_loss == "kl":
+        expected["loss_kd_box"] /= confidences
+    assert ("loss_kd_centerness" in losses) == (detector == "atss")
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, expected[name], msg=name)
+
+
+def test_feature_loss(make_trainer):
+    """PKD's: half the squared difference of standardised channels, in the mean of each level."""
+    trainer = make_trainer("retinanet", "MODEL.CROSSKD.FEATURE_WEIGHT", "3.0")
+    model, batch = trainer.model, next(iter(trainer.data_loader))
+    with EventStorage(), torch.no_grad():
+        loss, expected = model(batch)["loss_kd_feature"], 0.0
+        images = model.preprocess_image(batch).tensor
+        for student, teacher in zip(
+            model.backbone(images).values(), model.teacher.model.backbone(images).values()
+        ):
+            difference = 0.0
+            for feature, sign in ((student, 1), (teacher, -1)):
+                channels = feature.transpose(0, 1).flatten(1)
+                deviation = channels.std(dim=1, keepdim=True) + 1e-6
+                difference += sign * (channels - channels.mean(dim=1, keepdim=True)) / deviation
+            expected += 3 * difference.square().mean() / 2
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_normalizer_of_fcos(make_cfg):
+    """The sum over the positives of the centerness (Eq. 3 of the FCOS paper)."""
+    model = build_model(make_cfg("quick/fcos_R_18_crosskd.yaml"))
+    instances = Instances((128, 128), gt_classes=torch.tensor([0, 2]))
+    instances.gt_boxes = Boxes([[10.0, 12, 50, 70], [60, 20, 120, 100]])
+    anchors = model.anchor_generator([torch.zeros(1, 1, 128 // s, 128 // s) for s in STRIDES])
+    labels, boxes = model.label_anchors(anchors, [instances])
+    images = ImageList(torch.zeros(1, 3, 128, 128), [(128, 128)])
+    assignment = model.assignment(anchors, labels, boxes, images)
+    expected = 0.0
+    for anchor, label, box in zip(Boxes.cat(anchors).get_centers(), labels[0], boxes[0]):
+        if label < 3:
+            (x, y), (x0, y0, x1, y1) = anchor.tolist(), box.tolist()
+            left, top, right, bottom = x - x0, y - y0, x1 - x, y1 - y
+            horizontal = min(left, right) / max(left, right)
+            expected += (horizontal * min(top, bottom) / max(top, bottom)) ** 0.5
+    assert expected > 1
+    assert assignment.normalizer.item() == pytest.approx(expected, rel=1e-5)
+    assert assignment.positive.sum() == sum(label < 3 for label in labels[0])
 
 
 @pytest.mark.parametrize("box_loss", ["giou", "iou", "l1"])
