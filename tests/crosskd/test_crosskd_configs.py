@@ -107,11 +107,13 @@ def test_settings_of_the_official_code(read_cfg, name):
         clip = solver.CLIP_GRADIENTS
         assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE) == (True, "full_model", 35)
         assert (cfg.INPUT.FORMAT, cfg.MODEL.FPN.TOP_BLOCK) == ("BGR", "LastLevelP6P7")
+        assert cfg.MODEL.PIXEL_MEAN == [102.9801, 115.9465, 122.7717]
         assert cfg.INPUT.MIN_SIZE_TRAIN == (640, 800)
     else:
         assert (solver.WARMUP_METHOD, solver.WARMUP_FACTOR) == ("linear", 0.001)
         assert (solver.BIAS_LR_FACTOR, solver.WEIGHT_DECAY_BIAS) == (1, 1e-4)
         assert (cfg.INPUT.FORMAT, cfg.MODEL.RESNETS.STRIDE_IN_1X1) == ("RGB", False)
+        assert cfg.MODEL.PIXEL_MEAN == [123.675, 116.28, 103.53]
         assert cfg.INPUT.MIN_SIZE_TRAIN == (800,)
     if is_rcnn:
         box_head, box_loss = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.RPN.BBOX_REG_LOSS_TYPE
