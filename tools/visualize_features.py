@@ -27,6 +27,7 @@ from detectron2.modeling import FPN, build_backbone
 
 from labelenc import build_label_encoder
 from labelenc.pictures import draw_encoding, draw_features, label_map_picture, picture_mapper
+from plaindet.loading import load_tensors
 from plaindet.pictures import save_sheet
 
 from detectors import add_detector_arguments, check_file, choose_images, load_model, read_cfg
@@ -88,7 +89,7 @@ def main():
     detectors, label_encoder, encoder_mapper = [], None, mapper
     if args.label_encoder:
         check_file(args.label_encoder)
-        content = torch.load(args.label_encoder, map_location="cpu", weights_only=True)
+        content = load_tensors(args.label_encoder)
         label_encoder = load_label_encoder(cfg, content, args.label_encoder)
     for name, config, weights in args.weights:
         detector_cfg = read_cfg(config, args.opts) if config else cfg

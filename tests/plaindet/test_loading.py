@@ -40,6 +40,10 @@ def saved(path, attack):
     return path
 
 
+def saved_as_pyth(path, attack):
+    return saved(path.with_suffix(".pyth"), attack)
+
+
 def saved_by_pytorch_1(path, attack):
     torch.save(content(attack), path, _use_new_zipfile_serialization=False)
     return path
@@ -72,7 +76,17 @@ def text_as_pickle(path, attack):
 
 
 @pytest.mark.parametrize(
-    "make", [pickled, saved, saved_by_pytorch_1, cut_off, compressed, text, text_as_pickle]
+    "make",
+    [
+        pickled,
+        saved,
+        saved_as_pyth,
+        saved_by_pytorch_1,
+        cut_off,
+        compressed,
+        text,
+        text_as_pickle,
+    ],
 )
 def test_refused(tmp_path, make):
     path = make(tmp_path / "weights.pth", str(tmp_path / "attacked"))

@@ -19,7 +19,8 @@ import os
 import torch
 from detectron2.utils.file_io import PathManager
 
-from plaindet.key_layout import Layout, anchors_by_size, layer_keys, rename_keys
+from plaindet.key_layout import Layout, layer_keys, rename_keys, reorder_anchors
+from plaindet.loading import load_tensors
 from plaindet.messages import some_of
 
 # The detectors, as the classes that a step-1 file names.
@@ -44,7 +45,7 @@ def load_official_weights(path: str) -> dict[str, dict[str, torch.Tensor]]:
     if not os.path.isfile(local_path):
         raise FileNotFoundError(f"{path} does not exist, expected a label_encoding_function.pth")
     try:
-        data = torch.load(local_path, map_location="cpu", weights_only=True)
+        data = load_tensors(local_path)
     except Exception as error:
         raise ValueError(f"{path} is no label_encoding_function.pth: {error}") from error
     groups = {"label_encoding_function", "rpn"}
@@ -96,7 +97,8 @@ def convert_official_weights(
 
     where = f"{path}, 'rpn' of {detector}"
     if detector == RETINANET:
-        head = _retinanet_order(rename_keys(rpn, _retinanet_layout(num_classes), where))
+        head = rename_keys(rpn, _retinanet_layout(num_classes), where)
+        reorder_anchors(head, NUM_RATIOS, NUM_OCTAVE_SCALES)
     elif detector == FCOS:
         deformable = any(".offset." in key for key in rpn)
         head = _one_vector_of_scales(rename_keys(rpn, _fcos_layout(num_classes, deformable), where))
@@ -297,13 +299,6 @@ def _box_head_layout(num_classes: int) -> Layout:
             FC_CHANNELS,
         ),
     }
-
-
-def _retinanet_order(head: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    for layer in ("head.cls_score", "head.bbox_pred"):
-        for key in (f"{layer}.weight", f"{layer}.bias"):
-            head[key] = anchors_by_size(head[key], NUM_RATIOS, NUM_OCTAVE_SCALES)
-    return head
 
 
 def _one_vector_of_scales(head: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

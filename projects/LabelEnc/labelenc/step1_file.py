@@ -21,6 +21,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from plaindet.files import write_atomically
+from plaindet.loading import load_tensors
 
 from .detector import LabelEncDetector
 
@@ -141,7 +142,7 @@ def _load(path: str) -> dict:
             "that a step-1 run writes into its OUTPUT_DIR"
         )
     try:
-        data = torch.load(local_path, map_location="cpu", weights_only=True)
+        data = load_tensors(local_path)
     except Exception as error:
         raise ValueError(f"{path} is no step-1 file: {error}") from error
     keys = {"version", "description", "label_encoder", "head"}

@@ -52,12 +52,14 @@ def shape_of(value) -> tuple[int, ...] | str:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
-def anchors_by_size(weight: torch.Tensor, num_ratios: int, num_sizes: int) -> torch.Tensor:
-    """Reorders the output channels of a dense head's predictor. The anchors of a position count
-    sizes within ratios in maskrcnn-benchmark and mmdet, and ratios within sizes in Detectron2.
+def reorder_anchors(weights: dict[str, torch.Tensor], num_ratios: int, num_sizes: int) -> None:
+    """Reorders the output channels of RetinaNet's predictors, in place. The anchors of a position
+    count sizes within ratios in maskrcnn-benchmark and mmdet, ratios within sizes in Detectron2.
 
     Args:
-        weight: (num_ratios * num_sizes * channels of an anchor, ...), a weight or a bias.
+        weights: by Detectron2's names, of (num_ratios * num_sizes * channels of an anchor, ...).
     """
-    by_ratio = weight.unflatten(0, (num_ratios, num_sizes, -1))
-    return by_ratio.transpose(0, 1).flatten(0, 2)
+    for layer in ("head.cls_score", "head.bbox_pred"):
+        for key in (f"{layer}.weight", f"{layer}.bias"):
+            by_ratio = weights[key].unflatten(0, (num_ratios, num_sizes, -1))
+            weights[key] = by_ratio.transpose(0, 1).flatten(0, 2)

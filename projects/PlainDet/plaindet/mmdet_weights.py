@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from detectron2.utils.file_io import PathManager
 
-from .key_layout import Layout, anchors_by_size, layer_keys, rename_keys
+from .key_layout import Layout, layer_keys, rename_keys, reorder_anchors
+from .loading import load_tensors
 from .messages import some_of
 from .mmdet_backbones import ResNet, Swin, count, find_backbone, size
 
@@ -63,7 +64,7 @@ def load_mmdet_weights(path: str) -> dict[str, torch.Tensor]:
     if not os.path.isfile(local_path):
         raise FileNotFoundError(f"{path} does not exist, expected a checkpoint of mmdet")
     try:
-        data = torch.load(local_path, map_location="cpu", weights_only=True)
+        data = load_tensors(local_path)
     except Exception as error:
         refused = re.search(r"Unsupported (global|class|operand)[^.]*\S*", str(error))
         if refused is None:
@@ -161,9 +162,7 @@ def convert_mmdet_weights(
     model = rename_keys(weights, layout, f"{path}, {network.detector} with {network.backbone.name}")
     network.backbone.reorder(model)
     if network.detector == RETINANET:
-        for layer in ("head.cls_score", "head.bbox_pred"):
-            for key in (f"{layer}.weight", f"{layer}.bias"):
-                model[key] = anchors_by_size(model[key], NUM_RATIOS, NUM_OCTAVE_SCALES)
+        reorder_anchors(model, NUM_RATIOS, NUM_OCTAVE_SCALES)
     else:
         scales = [model.pop(f"head.scales.{i}") for i in range(NUM_LEVELS)]
         model["head.scales"] = torch.stack(scales)
