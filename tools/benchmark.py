@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 from detectron2.modeling import build_model
-from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 from labelenc import LabelEncoder, LabelMap, add_labelenc_config
 from plaindet import read_config
+from plaindet.engine import build_optimizer
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DETECTORS = ["retinanet", "fcos_imprv", "faster_rcnn", "mask_rcnn"]
