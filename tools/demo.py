@@ -58,13 +58,13 @@ def read_run_config(output: Path, name: str, dataset: list[str]) -> CfgNode:
     return read_config(CONFIGS / RUNS[name], overrides, [add_labelenc_config])
 
 
-def load_model(cfg: CfgNode, name: str = "model_final.pth") -> torch.nn.Module:
+def load_model(cfg: CfgNode) -> torch.nn.Module:
     """The trained model of a run, with its label encoder where it has one."""
     model = build_model(cfg).eval()
     checkpointer = DetectionCheckpointer(model)
     if hasattr(model, "training_only"):
         checkpointer.add_checkpointable("training_only", model.training_only)
-    checkpointer.load(os.path.join(cfg.OUTPUT_DIR, name))
+    checkpointer.load(os.path.join(cfg.OUTPUT_DIR, "model_final.pth"))
     return model
 
 

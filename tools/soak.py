@@ -44,6 +44,7 @@ TINY = {  # a ResNet-50 with few channels, and small images
     "SOLVER.CHECKPOINT_PERIOD": 2,
     "SEED": 7,
 }
+TEACHER_OPTIONS = [str(x) for pair in TINY.items() for x in pair if pair[0].startswith("MODEL")]
 
 
 def parse_args():
@@ -62,7 +63,6 @@ def options(overrides):
 def make_runs(folder, iterations):
     """{name: (config, overrides)}; the step-1 file is what the first run leaves."""
     teacher = str(folder / "teacher.pth")
-    teacher_options = [item for pair in TINY.items() for item in pair if pair[0][:5] == "MODEL"]
     common = {
         "SOLVER.MAX_ITER": iterations,
         "MODEL.LABELENC.WARMUP_ITERS": iterations // 2,
@@ -89,7 +89,7 @@ def make_runs(folder, iterations):
                 "MODEL.CROSSKD.TEACHER.CONFIG_FILE": REPOSITORY
                 / "configs/quick/retinanet_R_18_baseline.yaml",
                 "MODEL.CROSSKD.TEACHER.WEIGHTS": teacher,
-                "MODEL.CROSSKD.TEACHER.OPTS": teacher_options,
+                "MODEL.CROSSKD.TEACHER.OPTS": TEACHER_OPTIONS,
             },
         ),
     }
@@ -97,10 +97,9 @@ def make_runs(folder, iterations):
 
 def write_teacher(path):
     """A detector with random weights."""
-    teacher_options = [str(x) for pair in TINY.items() for x in pair if pair[0][:5] == "MODEL"]
     config = REPOSITORY / "configs/quick/retinanet_R_18_baseline.yaml"
     torch.manual_seed(0)
-    torch.save({"model": build_model(read_config(config, teacher_options)).state_dict()}, path)
+    torch.save({"model": build_model(read_config(config, TEACHER_OPTIONS)).state_dict()}, path)
 
 
 def train(config, overrides, output):

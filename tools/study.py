@@ -39,7 +39,7 @@ from pathlib import Path
 import yaml
 
 from demo_runs import CONFIGS, REPOSITORY
-from study_plan import BUILT_IN, Run, dataset_name, plan_runs, read_study, study_names, write_whole
+from study_plan import BUILT_IN, Run, dataset_name, plan_runs, read_study, study_names, write_text
 from study_report import write_report
 
 
@@ -209,7 +209,7 @@ def read_results(output: Path) -> dict[str, dict]:
 
 def write_results(results: dict[str, dict], output: Path) -> None:
     lines = [json.dumps(result) + "\n" for _, result in sorted(results.items())]
-    write_whole(output / "results.jsonl", "".join(lines))
+    write_text(output / "results.jsonl", "".join(lines))
 
 
 def choose_detectors(studies: dict[str, dict], detectors: list[str] | None) -> None:

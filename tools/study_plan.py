@@ -18,6 +18,7 @@ from crosskd import add_crosskd_config
 from labelenc import add_labelenc_config
 from plaindet.config import merge_config
 from plaindet.data import find_coco_folder
+from plaindet.files import write_atomically
 
 from demo_runs import CONFIGS, REPOSITORY, dataset_overrides
 
@@ -174,13 +175,11 @@ def write_part(folder: str, fraction: float, output: Path) -> list[str]:
     path = output.resolve() / "data" / f"{name}-{annotations_digest(folder)[:8]}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(content))
+        write_text(path, json.dumps(content))
     datasets = [[name, str(path), train[2]], list(val)]
     return ["DATASETS.COCO_FORMAT", str(datasets), "DATASETS.TRAIN", str((name,))]
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Writes a file that is whole whenever the process is killed."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    write_atomically(str(path), lambda f: f.write(text.encode()))

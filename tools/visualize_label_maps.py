@@ -18,12 +18,12 @@ from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.utils.env import seed_all_rng
 
-from crosskd import add_crosskd_config
-from labelenc import LabelMap, add_labelenc_config
+from labelenc import LabelMap
 from labelenc.pictures import label_map_picture, picture_mapper
-from plaindet import read_config
 from plaindet.engine.checks import thing_classes
 from plaindet.pictures import ground_truth_picture, save_sheet
+
+from detectors import read_cfg
 
 PANELS_IN_A_ROW = 4
 
@@ -55,7 +55,7 @@ def draw_panels(cfg: CfgNode, inputs: dict, class_names: list[str]) -> list[tupl
 
 def main():
     args = parse_args()
-    cfg = read_config(args.config_file, args.opts, [add_labelenc_config, add_crosskd_config])
+    cfg = read_cfg(args.config_file, args.opts)
     seed_all_rng(cfg.SEED if cfg.SEED >= 0 else None)
     dataset = args.dataset or cfg.DATASETS.TEST[0]
     annotated = [d for d in DatasetCatalog.get(dataset) if d.get("annotations")]

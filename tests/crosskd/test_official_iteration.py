@@ -8,7 +8,6 @@ having `e2e/11_gfl_e2e.npz` and the two state dicts beside it.
 import os
 from pathlib import Path
 
-import convert_mmdet
 import numpy as np
 import pytest
 import torch
@@ -20,6 +19,8 @@ import train_net
 from plaindet import read_config
 from plaindet.mmdet_weights import convert_mmdet_weights, find_network
 from plaindet.modeling import build_teacher
+
+import convert_mmdet
 
 pytestmark = pytest.mark.golden
 FOLDER = Path(os.environ.get("GOLDEN", "")) / "e2e"

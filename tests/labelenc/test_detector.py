@@ -47,22 +47,6 @@ def test_losses_and_gradients_are_finite(make_cfg, step, name):
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("step", [1, 2])
-def test_mixed_precision(make_cfg, step):
-    model = build_model(make_cfg(STEP[step])).train()
-    batch = BATCHES["other sizes"]
-    with EventStorage():
-        expected = model(batch)
-        model.loss_normalizer = 100
-        expected = model(batch)
-        model.loss_normalizer = 100
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            losses = model(batch)
-    for name, loss in losses.items():
-        assert loss.dtype == torch.float32, name
-        assert loss.item() == pytest.approx(expected[name].item(), rel=0.05), name
-
-
 def test_loss_weights(make_cfg):
     """L1 + lambda_1 L2 + lambda_2 L3."""
     losses = {}

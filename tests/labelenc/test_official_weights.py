@@ -3,7 +3,6 @@
 Its tensors are made by the recipe of the golden numbers, from the official networks' key lists.
 """
 
-import importlib.util
 import json
 import operator
 import re
@@ -25,6 +24,8 @@ from labelenc.official_weights import (
 )
 from labelenc.step1_file import write_step1_file
 from plaindet import read_config
+
+import convert_labelenc
 
 KEYS = json.loads((golden.FOLDER / "label_encoding_function_keys.json").read_text())
 # Of each official network: the tool's arguments and the detector's class.
@@ -70,16 +71,6 @@ CONFIG_KEYS = {
     },
 }
 GROUPS = ("label_encoding_function", "rpn", "roi_heads")
-TOOL = Path(__file__).parents[2] / "tools" / "convert_labelenc.py"
-
-
-@pytest.fixture(scope="module")
-def run_tool():
-    """The tool's main function."""
-    spec = importlib.util.spec_from_file_location(TOOL.stem, TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool.main
 
 
 def shapes_of(network):
@@ -183,12 +174,12 @@ def official_tensors(state, network):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_step_2_inherits_every_weight(run_tool, folder, network, caplog, capsys):
+def test_step_2_inherits_every_weight(folder, network, caplog, capsys):
     options, detector = NETWORKS[network]
     source, output = folder / "label_encoding_function.pth", folder / "label_encoder.pth"
     weights = from_recipe(shapes_of(network))
     torch.save(weights, source)
-    run_tool([str(source), str(output), *options])
+    convert_labelenc.main([str(source), str(output), *options])
     printed = capsys.readouterr().out
     assert str(output) in printed
     assert (folder / "label_encoder.yaml").read_text() in printed
@@ -362,11 +353,11 @@ def test_refuses_other_files(tmp_path, content, message):
         (None, [], "nothing.pth does not exist"),
     ],
 )
-def test_the_tool_reports_errors(run_tool, tmp_path, network, options, message):
+def test_the_tool_reports_errors(tmp_path, network, options, message):
     source, output = tmp_path / "nothing.pth", tmp_path / "label_encoder.pth"
     if network is not None:
         torch.save(without_memory(network), source)
     with pytest.raises(SystemExit, match=message):
-        run_tool([str(source), str(output), *options])
+        convert_labelenc.main([str(source), str(output), *options])
     assert not output.exists()
     assert not output.with_suffix(".yaml").exists()

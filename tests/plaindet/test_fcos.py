@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import fcos as detectron2_fcos
@@ -13,7 +12,7 @@ from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 from torchvision.ops import generalized_box_iou_loss
 
-from plaindet.modeling import FCOS, FCOSHead
+from plaindet.modeling import FCOSHead
 from plaindet.modeling.fcos import centerness_target, iou_loss
 
 DATA = Path(__file__).parent.parent / "data" / "plaindet"
@@ -352,8 +351,3 @@ def test_unknown_options(make_fcos):
         make_fcos("MODEL.FCOS.BOX_REG_LOSS_TYPE", "l1")
     with pytest.raises(ValueError, match="LOSS_NORMALIZER is 'sum', expected 'batch'"):
         make_fcos("MODEL.FCOS.LOSS_NORMALIZER", "sum")
-
-
-def test_registered_beside_detectron2():
-    assert issubclass(FCOS, detectron2_fcos.FCOS)
-    assert "FCOS" not in get_cfg().MODEL

@@ -1,6 +1,5 @@
 """The converter of mmdet's checkpoints, on small networks."""
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from plaindet.mmdet_weights import (
 )
 from plaindet.modeling.teacher import CompleteCheckpointer
 
-TOOL = Path(__file__).parents[2] / "tools" / "convert_mmdet.py"
+import convert_mmdet
+
 CONFIGS = {
     "RetinaNet": "PlainDet/retinanet_R_50_FPN_1x.yaml",
     "GFL": "PlainDet/gfl_R_50_FPN_1x.yaml",
@@ -34,15 +34,6 @@ NETWORKS = [
     ("ATSS", 50, "p5"),
     ("FCOS", 50, "p5"),
 ]
-
-
-@pytest.fixture(scope="module")
-def run_tool():
-    """The tool's main function."""
-    spec = importlib.util.spec_from_file_location(TOOL.stem, TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool.main
 
 
 @pytest.fixture
@@ -160,13 +151,13 @@ def mmdet_weights(model):
 
 
 @pytest.mark.parametrize(("detector", "depth", "p6_source"), NETWORKS)
-def test_round_trip(run_tool, build, tmp_path, capsys, detector, depth, p6_source):
+def test_round_trip(build, tmp_path, capsys, detector, depth, p6_source):
     """mmdet's file becomes a file and a config of the same detector."""
     original = build(detector, depth, p6_source)
     weights = mmdet_weights(original)
     source, output = tmp_path / "mmdet.pth", tmp_path / "new" / "teacher.pth"
     torch.save({"state_dict": weights, "meta": {"epoch": 12}, "optimizer": {}}, source)
-    run_tool([str(source), str(output)])
+    convert_mmdet.main([str(source), str(output)])
     printed = capsys.readouterr().out
     assert f"of {detector} with ResNet-{depth} and 3 classes" in printed
     assert output.with_suffix(".yaml").read_text() in printed
@@ -216,7 +207,7 @@ def mmdet_swin_name(key):
     return mmdet_name(key, "RetinaNet")
 
 
-def test_swin_transformer(run_tool, swin, tmp_path, capsys):
+def test_swin_transformer(swin, tmp_path, capsys):
     weights = {}
     for key, value in swin.state_dict().items():
         by_anchor = (
@@ -229,11 +220,12 @@ def test_swin_transformer(run_tool, swin, tmp_path, capsys):
             weights[name] = torch.randn_like(weights[name])
     source, output = tmp_path / "mmdet.pth", tmp_path / "teacher.pth"
     torch.save({"state_dict": weights}, source)
-    run_tool([str(source), str(output)])
+    convert_mmdet.main([str(source), str(output)])
     assert "of RetinaNet with Swin Transformer of 24 channels" in capsys.readouterr().out
 
     cfg = read_config(str(output.with_suffix(".yaml")), ["MODEL.DEVICE", "cpu"])
     assert (cfg.MODEL.FPN.TOP_BLOCK_IN_FEATURE, cfg.INPUT.FORMAT) == ("p3", "RGB")
+    assert cfg.DATASETS.TRAIN == ("coco_2017_train",)
     model = build_model(cfg)
     CompleteCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     for key, value in swin.state_dict().items():
@@ -300,10 +292,10 @@ def test_retinanet_predicts_for_the_same_anchors(build):
         ),
     ],
 )
-def test_config(run_tool, build, tmp_path, detector, keys):
+def test_config(build, tmp_path, detector, keys):
     source, output = tmp_path / "mmdet.pth", tmp_path / "teacher.pth"
     torch.save(mmdet_weights(build(detector)), source)
-    run_tool([str(source), str(output)])
+    convert_mmdet.main([str(source), str(output)])
     cfg = read_config(str(tmp_path / "teacher.yaml"), [])
     found = cfg.MODEL[detector.upper()]
     assert {key: found[key] for key in keys} == keys
@@ -440,13 +432,13 @@ def test_refuses_other_files(tmp_path, content, message):
     assert str(path) in str(error.value)
 
 
-def test_the_tool_reports_errors(run_tool, tmp_path):
+def test_the_tool_reports_errors(tmp_path):
     source, output = tmp_path / "nothing.pth", tmp_path / "teacher.pth"
     with pytest.raises(SystemExit, match="nothing.pth does not exist"):
-        run_tool([str(source), str(output)])
+        convert_mmdet.main([str(source), str(output)])
     torch.save({"state_dict": {"model.weight": torch.zeros(1)}}, source)
     with pytest.raises(SystemExit, match="found the keys model.weight"):
-        run_tool([str(source), str(output)])
+        convert_mmdet.main([str(source), str(output)])
     with pytest.raises(SystemExit, match="is the name of the config"):
-        run_tool([str(source), str(output.with_suffix(".yaml"))])
+        convert_mmdet.main([str(source), str(output.with_suffix(".yaml"))])
     assert list(tmp_path.iterdir()) == [source]

@@ -77,14 +77,11 @@ def _missing_files(records: list[dict]) -> set[str]:
             continue
         folder, file = os.path.split(name)
         if folder not in folders:
-            folders[folder] = set(os.listdir(folder or ".")) if _is_folder(folder) else set()
+            exists = os.path.isdir(folder or ".")
+            folders[folder] = set(os.listdir(folder or ".")) if exists else set()
         if file not in folders[folder]:
             missing.add(name)
     return missing
-
-
-def _is_folder(folder: str) -> bool:
-    return os.path.isdir(folder or ".")
 
 
 def _problem(annotation, size, num_classes, mask_format) -> str | None:

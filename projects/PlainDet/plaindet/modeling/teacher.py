@@ -94,13 +94,11 @@ class CompleteCheckpointer(SafeCheckpointer):
     """A checkpointer which does not accept that a file has only a part of the model."""
 
     def load(self, path: str, *args, **kwargs) -> dict:
-        """As Detectron2's.
+        """As Detectron2's, of a file.
 
         Raises:
             ValueError: names the file, and the parameters that it lacks or has in another shape.
         """
-        if not path:
-            raise ValueError(f"No file with the weights of a {type(self.model).__name__} is given")
         self._file = path
         return super().load(path, *args, **kwargs)
 
