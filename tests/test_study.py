@@ -282,6 +282,14 @@ def test_study_that_is_killed(start):
     assert "claims by 1 AP or more: 1; 0 reproduced, 0 contradicted, 1 undecided" in report
     assert (whole / "tiny_study" / "tiny" / "report.png").stat().st_size > 10_000
 
+    # The report can be made from the results alone.
+    (whole.parent / "copy").mkdir()
+    shutil.copy(whole / "results.jsonl", whole.parent / "copy")
+    process, copy = start("copy", "--seeds", "1", "--report-only")
+    assert "of 3 runs" not in process.communicate()[0]
+    assert (copy / "tiny_study" / "tiny" / "report.md").read_text() == report
+    assert not (copy / "runs").exists()
+
     # A study that starts from one of the others trains that again.
     content = TINY.replace("{teacher}", "{student}")
     process, _ = start("whole", "--seeds", "1", content=content)
@@ -291,12 +299,33 @@ def test_study_that_is_killed(start):
     assert [r for r in without_times(whole) if "baseline" in r["name"]] == results[:2]
 
 
+@pytest.mark.parametrize("seed", [1, 3])
+def test_seed_of_a_run(tmp_path, tiny_data, monkeypatch, seed):
+    commands, data = [], str(Path(tiny_data[0][1]).parent.parent)
+    monkeypatch.setattr(
+        study.subprocess,
+        "run",
+        lambda command, **_: commands.append(command) or subprocess.CompletedProcess(command, 1),
+    )
+    run = study_plan.plan_runs(yaml.safe_load(TINY), "gfl", data, seed, tmp_path)["student"]
+    with pytest.raises(RuntimeError, match="exit code 1"):
+        study.train(run, tmp_path, jobs=1)
+    (command,) = commands
+    cfg = merge_config(
+        command[command.index("--config-file") + 1],
+        command[command.index("--config-file") + 2 :],
+        [add_labelenc_config, add_crosskd_config],
+    )
+    assert (cfg.SEED, cfg.OUTPUT_DIR) == (seed, str(tmp_path / run.name))
+    assert run.name.endswith(f"/seed{seed}")
+
+
 def wait_for(output, pattern):
-    for _ in range(600):
+    for _ in range(6000):
         if list(output.glob(f"runs/*/{pattern}")):
             return
         time.sleep(0.1)
-    raise AssertionError(f"no {pattern} after a minute")
+    raise AssertionError(f"no {pattern} after ten minutes")
 
 
 def test_failed_run(start, monkeypatch):

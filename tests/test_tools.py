@@ -1,7 +1,7 @@
 """The tools, on tiny inputs."""
 
-import importlib.util
 import re
+from importlib import import_module
 from pathlib import Path
 
 import cv2
@@ -25,13 +25,6 @@ REPOSITORY = Path(__file__).parent.parent
 CONFIGS = REPOSITORY / "configs"
 
 
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ("name", "last_row"),
     [
@@ -41,7 +34,7 @@ def load_tool(name):
 )
 def test_demo(tiny_data, tmp_path, monkeypatch, capfd, name, last_row):
     """From a COCO-format folder to the report; a second call trains nothing again."""
-    demo = load_tool(name)
+    demo = import_module(name)
     small = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"]
     small += ["SOLVER.MAX_ITER", "5", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"]
     real = demo.dataset_overrides
@@ -64,7 +57,7 @@ def test_demo(tiny_data, tmp_path, monkeypatch, capfd, name, last_row):
 def test_data_set_of_the_demos(tiny_data):
     """The overrides for a data set fit every detector, and those of no data set are the shapes'."""
     folder = Path(tiny_data[0][1]).parent.parent
-    demo, runs = load_tool("demo_crosskd"), load_tool("demo_runs")
+    demo, runs = import_module("demo_crosskd"), import_module("demo_runs")
     for detector in demo.DETECTORS:
         for overrides, num_classes in ((runs.dataset_overrides(str(folder)), 3), ([], 8)):
             cfg = read_config(CONFIGS / f"quick/{detector}_R_18_baseline.yaml", overrides)
@@ -78,7 +71,8 @@ def test_benchmark(monkeypatch, capsys):
     arguments = "benchmark --size 64 96 --num-classes 20 --rounds 1 --no-memory"
     arguments += " --detectors retinanet mask_rcnn"
     monkeypatch.setattr("sys.argv", arguments.split())
-    benchmark, step1, step2 = load_tool("benchmark"), "labelenc_step1", "labelenc_step2"
+    benchmark = import_module("benchmark")
+    step1, step2 = "labelenc_step1", "labelenc_step2"
     small = {"plain": ("baseline", None), "step 1": (step1, True), "step 2": (step2, True)}
     small["step 2, after the cut-off"] = (step2, False)
     small = {row: (f"quick/{{}}_R_18_{name}.yaml", on) for row, (name, on) in small.items()}
@@ -96,7 +90,7 @@ def test_benchmark(monkeypatch, capsys):
 def test_benchmark_of_crosskd(monkeypatch, capsys):
     arguments = "benchmark_crosskd --size 64 96 --num-classes 20 --rounds 1 --teacher-depth 18"
     monkeypatch.setattr("sys.argv", [*arguments.split(), "--detectors", "gfl", "fcos"])
-    load_tool("benchmark_crosskd").main()
+    import_module("benchmark_crosskd").main()
     table = capsys.readouterr().out
     for detector in ("gfl", "fcos"):
         rows = re.search(
@@ -107,12 +101,21 @@ def test_benchmark_of_crosskd(monkeypatch, capsys):
         assert sum(map(float, rows.groups())) == pytest.approx(1, abs=0.002)
 
 
+def test_overhead(monkeypatch, capsys):
+    arguments = "overhead --rounds 2 INPUT.MIN_SIZE_TRAIN (64,) INPUT.MAX_SIZE_TRAIN 64"
+    arguments += " SOLVER.IMS_PER_BATCH 2 DATALOADER.NUM_WORKERS 0"
+    monkeypatch.setattr("sys.argv", arguments.split())
+    import_module("overhead").main()
+    (ratio,) = re.findall(r"2 rounds: .* ratio ([\d.]+);", capsys.readouterr().out)
+    assert 0.1 < float(ratio) < 10
+
+
 @pytest.fixture
 def call(monkeypatch):
     """Returns a function that runs a tool, and returns the rows of its sheets."""
 
     def run(name, *arguments):
-        tool, sheets = load_tool(name), []
+        tool, sheets = import_module(name), []
 
         def save(path, rows):
             save_sheet(path, rows)
@@ -224,7 +227,7 @@ def test_visualize_distillation(runs, call, tmp_path):
 
 def test_ground_truth_with_masks_that_are_no_polygons():
     dataset_dict = DatasetCatalog.get("shapes_val")[0]
-    ((title, picture),) = load_tool("visualize_distillation").draw_row(
+    ((title, picture),) = import_module("visualize_distillation").draw_row(
         dataset_dict, [], SHAPES_CLASSES
     )
     assert title == "ground truth"
@@ -299,6 +302,6 @@ TOOLS += ["visualize_label_maps", "benchmark_crosskd"]
 def test_help(tool, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [tool, "--help"])
     with pytest.raises(SystemExit) as stop:
-        load_tool(tool).main()
+        import_module(tool).main()
     assert stop.value.code == 0
     assert "usage" in capsys.readouterr().out

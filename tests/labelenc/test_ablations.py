@@ -185,6 +185,12 @@ def test_vanilla_kd(make_cfg, teacher_file):
         distance = feature_distance(adapted, list(expected.values()))
         assert model(batch)["loss_distance"].item() == pytest.approx(distance.item(), rel=1e-5)
 
+    model.vis_period = 1
+    with EventStorage() as storage, torch.no_grad():
+        model(batch)
+        assert [name for name, *_ in storage._vis_data] == ["features_p4: image | teacher"]
+    model.vis_period = 0
+
     # The teacher is in nothing that is trained, saved or distributed, and does not change.
     adapter = {
         f"training_only.feature_adapter.{i}.{k}" for i in (0, 2, 4) for k in ("weight", "bias")

@@ -2,13 +2,14 @@ import golden
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_backbone
+from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.backbone import build_resnet_backbone
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 from golden import assert_golden
 from recipe import randn
 
 from labelenc import LabelEncoder, LabelMap, build_label_encoder
+from plaindet.modeling.fpn import LastLevelP6P7WithoutReLU
 
 ENCODER = golden.load("encoder")
 ENCODER_FPN = golden.load("encoder_fpn")
@@ -157,6 +158,13 @@ def test_initialisation():
     conv = encoder.res4[1].conv2
     assert conv.weight.abs().max().item() == pytest.approx((3 / (256 * 9)) ** 0.5, rel=1e-3)
     assert conv.bias.abs().max().item() == pytest.approx((256 * 9) ** -0.5, rel=5e-2)
+
+
+def test_fpn_is_of_the_detectors_kind(make_cfg):
+    cfg = make_cfg("quick/gfl_R_18_labelenc_step1.yaml", "MODEL.FPN.FUSE_TYPE", "avg")
+    model = build_model(cfg)
+    assert isinstance(model.label_encoder.top_block, LastLevelP6P7WithoutReLU)
+    assert model.label_encoder._fuse_type == model.backbone._fuse_type == "avg"
 
 
 def test_backbone_without_fpn(make_cfg):

@@ -1,6 +1,7 @@
 """Deformable DETR against the library's own whole model, and as a Detectron2 detector."""
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -183,6 +184,39 @@ def test_equals_the_librarys_model(make_pair, box_refinement, two_stage):
     proposals = {f"{x}_proposals" for x in ("loss_cls", "loss_box_reg", "loss_giou")}
     assert len(losses) == 9 + 3 * two_stage
     assert two_stage == (proposals < losses.keys())
+
+
+@pytest.mark.parametrize("two_stage", [False, True])
+def test_initialisation(make_cfg, two_stage):
+    """That of the paper's code: the prior of the classes, boxes that are points (with two stages)
+    or 0.12 of the image (without), and points around the reference, farther out one by one."""
+    cfg = make_cfg(
+        "quick/deformable_detr_R_18_baseline.yaml",
+        *(
+            "MODEL.DEFORMABLE_DETR.PRIOR_PROB",
+            "0.2",
+            "MODEL.DEFORMABLE_DETR.BOX_REFINEMENT",
+            "True",
+        ),
+        *("MODEL.DEFORMABLE_DETR.TWO_STAGE", str(two_stage)),
+    )
+    transformer = build_model(cfg).transformer
+    for i, (classes, boxes) in enumerate(zip(transformer.class_embed, transformer.bbox_embed)):
+        torch.testing.assert_close(classes.bias.sigmoid(), torch.full_like(classes.bias, 0.2))
+        last = boxes.layers[-1]
+        assert not last.weight.any()
+        assert last.bias.tolist() == ([0, 0, -2, -2] if i == 0 and not two_stage else [0] * 4)
+    detr = cfg.MODEL.DEFORMABLE_DETR
+    attention = transformer.model.encoder.layers[0].self_attn
+    shape = (detr.NUM_HEADS, detr.NUM_FEATURE_LEVELS, detr.NUM_POINTS, 2)
+    offsets = attention.sampling_offsets.bias.view(shape)
+    for head in range(detr.NUM_HEADS):
+        angle = 2 * math.pi * head / detr.NUM_HEADS
+        direction = torch.tensor([math.cos(angle), math.sin(angle)])
+        for point in range(detr.NUM_POINTS):
+            expected = (point + 1) * direction / direction.abs().max()
+            for level in range(detr.NUM_FEATURE_LEVELS):
+                torch.testing.assert_close(offsets[head, level, point], expected)
 
 
 def test_gradients_equal_the_librarys(make_pair):

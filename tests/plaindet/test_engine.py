@@ -13,6 +13,7 @@ from plaindet.engine import (
     check_num_classes,
     write_plain_config,
 )
+from plaindet.signals import ignore_preemption
 
 CONFIG = "quick/retinanet_R_18_baseline.yaml"
 
@@ -44,6 +45,23 @@ def test_other_classes_in_validation(make_cfg):
     with pytest.raises(ValueError, match=r"tiny_train has \['red'.*other_val has \['blue'"):
         PlainTrainer(cfg)
     MetadataCatalog.remove("other_val")
+
+
+def test_reference_world_size(make_cfg):
+    """The config is for two processes, and this is one."""
+    cfg = make_cfg(
+        CONFIG,
+        *("SOLVER.REFERENCE_WORLD_SIZE", "2", "SOLVER.IMS_PER_BATCH", "4"),
+        *("SOLVER.MAX_ITER", "10", "SOLVER.BASE_LR", "0.02"),
+    )
+    trainer = PlainTrainer(cfg)
+    assert trainer.data_loader.batch_size == 2
+    assert (trainer.max_iter, trainer.cfg.SOLVER.BASE_LR) == (20, 0.01)
+
+
+def test_workers_of_the_test_loader_ignore_preemption(make_cfg):
+    loader = PlainTrainer.build_test_loader(make_cfg(CONFIG), "tiny_val")
+    assert loader.worker_init_fn is ignore_preemption
 
 
 def test_trains_like_detectron2(make_cfg):

@@ -106,7 +106,7 @@ def test_killed_before_the_final_checkpoint(make_cfg):
 
 
 def test_two_interruptions_without_a_seed(make_cfg):
-    """A random seed is kept, too. Here the order of aspect ratios matters as well."""
+    """A random seed is kept, too."""
     cfg = make_cfg(CONFIG, "SEED", "-1", "SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.MAX_ITER", "5")
     resumed = in_folder(cfg, "resumed")
     first = start(resumed, interrupt_at=0)

@@ -6,7 +6,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetFromList, MapDataset
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetFromList,
+    MapDataset,
+    build_detection_train_loader,
+)
 from detectron2.data.build import build_batch_data_loader
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
@@ -42,6 +47,28 @@ def test_batches_are_detectron2s(group):
     expected = [[image["id"] for image in batch] for batch in take(loader, 20)]
     batches = take(make_stream(group=group), 20)
     assert [[image["id"] for image in batch] for batch in batches] == expected
+
+
+def test_wide_and_tall_images(make_cfg, tiny_data):
+    """A batch has one kind of them, in the order of Detectron2's loader."""
+    records = DatasetCatalog.get("tiny_train") * 4
+    for i, record in enumerate(records):
+        record = records[i] = {**record, "image_id": i}
+        record["height"], record["width"] = (64, 80) if i % 3 else (80, 64)
+    DatasetCatalog.register("wide_and_tall", lambda: records)
+    try:
+        cfg = make_cfg(CONFIG, "DATASETS.TRAIN", "('wide_and_tall',)", "SEED", "5")
+        stream = build_train_stream(cfg, mapper=dict)
+        with seeded(5):
+            loader = build_detection_train_loader(cfg, mapper=dict)
+        batches, expected = take(stream, 12), take(loader, 12)
+    finally:
+        DatasetCatalog.remove("wide_and_tall")
+    kinds = [{image["width"] > image["height"] for image in batch} for batch in batches]
+    assert all(len(kind) == 1 for kind in kinds)
+    assert {True} in kinds
+    assert {False} in kinds
+    assert batches == expected
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
