@@ -3,8 +3,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
+import detectron2
 import yaml
-from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 
 from .data import register_coco_format
@@ -55,8 +55,9 @@ def merge_config(
 
 def _is_detectron2s(config_file: str | os.PathLike) -> bool:
     """Some configs of Detectron2's own compute anchor sizes."""
-    package = os.path.realpath(os.path.dirname(model_zoo.__file__))
-    return os.path.realpath(config_file).startswith(package + os.sep)
+    # Not by importing detectron2.model_zoo, which needs a setuptools with pkg_resources.
+    package = os.path.realpath(os.path.dirname(detectron2.__file__))
+    return os.path.realpath(config_file).startswith(os.path.join(package, "model_zoo", ""))
 
 
 class RelativePathsCfgNode(CfgNode):
