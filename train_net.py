@@ -58,7 +58,7 @@ def main(args):
     Trainer = trainer_class(cfg)
     if args.eval_only:
         model = build_model(cfg)  # not the trainer's, which may need a teacher
-        check_num_classes(cfg, model)
+        check_num_classes(model, cfg.DATASETS.TEST)
         PlainCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )

@@ -76,6 +76,18 @@ def test_num_classes_in_evaluation(tiny_data, tmp_path):
         )
 
 
+def test_evaluation_needs_no_training_data(tiny_data, tmp_path):
+    train, val = tiny_data
+    datasets = [["absent_train", str(tmp_path / "absent.json"), str(tmp_path / "absent")], val]
+    results = run(
+        "retinanet_R_18_baseline.yaml",
+        [list(dataset) for dataset in datasets],
+        tmp_path / "output",
+        *("--eval-only", "DATASETS.TRAIN", "('absent_train',)"),
+    )
+    assert "AP" in results["bbox"]
+
+
 def test_import_changes_nothing():
     """Importing the packages registers their parts and leaves Detectron2's defaults alone; the
     config functions may be called in any order and twice."""
@@ -94,6 +106,12 @@ for order in ([0, 1, 2], [2, 1, 0, 2, 1, 0]):
 assert dumps[0] == dumps[1] != before
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_import_without_pkg_resources():
+    """Which setuptools has no more. Detectron2's model zoo alone needs it."""
+    code = "import sys; sys.modules['pkg_resources'] = None; import train_net"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=REPOSITORY)
 
 
 @pytest.mark.parametrize(

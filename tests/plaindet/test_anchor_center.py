@@ -229,4 +229,4 @@ def test_bad_options(make_detector, name, key, value, expected):
 def test_number_of_classes_is_checked(make_cfg, name):
     cfg = make_cfg(f"quick/{name.lower()}_R_18_baseline.yaml", f"MODEL.{name}.NUM_CLASSES", 4)
     with pytest.raises(ValueError, match=f"MODEL.{name}.NUM_CLASSES is 4"):
-        check_num_classes(cfg, build_model(cfg))
+        check_num_classes(build_model(cfg), cfg.DATASETS.TRAIN)

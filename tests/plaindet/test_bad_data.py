@@ -276,7 +276,7 @@ def train_on(name, folder, cfg):
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (name,), ()
     model = models.setdefault("model", None) or LabelEncTrainer.build_model(cfg).train()
     models["model"] = model
-    check_num_classes(cfg, model)
+    check_num_classes(model, cfg.DATASETS.TRAIN)
     losses = []
     stream = LabelEncTrainer.build_train_loader(cfg)
     with EventStorage(), torch.no_grad():
@@ -336,9 +336,11 @@ def test_records_without_annotations(tiny_data):
 
 def test_each_folder_is_listed_once(tiny_data, monkeypatch):
     """A look at each of COCO's files would take minutes on a network drive."""
+    records = DatasetCatalog.get("tiny_train")
     calls, listdir = [], os.listdir
-    monkeypatch.setattr(os, "listdir", lambda folder: calls.append(folder) or listdir(folder))
-    for name in ("isfile", "exists"):
-        monkeypatch.setattr(os.path, name, lambda path: pytest.fail(f"a look at {path}"))
-    check_records(DatasetCatalog.get("tiny_train"), 3, "polygon")
+    with monkeypatch.context() as context:
+        context.setattr(os, "listdir", lambda folder: calls.append(folder) or listdir(folder))
+        for name in ("isfile", "exists"):
+            context.setattr(os.path, name, lambda path: pytest.fail(f"a look at {path}"))
+        check_records(records, 3, "polygon")
     assert calls == [tiny_data[0][2]]

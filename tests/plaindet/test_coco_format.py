@@ -1,7 +1,8 @@
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from plaindet.data import find_coco_folder, register_coco_format
+from plaindet.data import explained_errors, find_coco_folder, register_coco_format
+from plaindet.engine.checks import thing_classes
 
 
 def test_registered_data(tiny_data):
@@ -61,13 +62,41 @@ def test_no_folder(tmp_path):
         find_coco_folder(str(tmp_path / "nothing"))
 
 
+def test_missing_files(tiny_data):
+    """They are missed when the data set is read: an evaluation needs no training images."""
+    _, json_file, images = tiny_data[0]
+    register_coco_format([["no_json", "nowhere.json", images], ["no_images", json_file, "nowhere"]])
+    for name, path in (("no_json", "nowhere.json"), ("no_images", "nowhere")):
+        with pytest.raises(FileNotFoundError, match=f"FORMAT: {path} of {name} does not exist"):
+            thing_classes(name)
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_other_kinds_of_data_sets_explain_themselves(tmp_path):
+    """LVIS's json has keys of its own, and needs a package."""
+
+    def read():
+        raise ModuleNotFoundError("No module named 'lvis'", name="lvis")
+
+    (tmp_path / "lvis.json").write_text('{"images": [{"id": 1}], "annotations": []}')
+    DatasetCatalog.register("lvis_train", read)
+    MetadataCatalog.get("lvis_train").set(
+        json_file=str(tmp_path / "lvis.json"), evaluator_type="lvis"
+    )
+    try:
+        with pytest.raises(ModuleNotFoundError, match="No module named 'lvis'"):
+            thing_classes("lvis_train")
+        with pytest.raises(KeyError), explained_errors(["lvis_train"]):
+            raise KeyError("file_name")
+    finally:
+        DatasetCatalog.remove("lvis_train")
+        MetadataCatalog.remove("lvis_train")
+
+
 def test_bad_entries(tiny_data):
-    name, json_file, images = tiny_data[0]
+    _, json_file, images = tiny_data[0]
     with pytest.raises(ValueError, match=r"found \['a', 'b'\], expected \[name, json file, image"):
         register_coco_format([["a", "b"]])
-    with pytest.raises(FileNotFoundError, match="nowhere.json of a does not exist"):
-        register_coco_format([["a", "nowhere.json", images]])
-    with pytest.raises(FileNotFoundError, match="COCO_FORMAT: nowhere of a does not exist"):
-        register_coco_format([["a", json_file, "nowhere"]])
     with pytest.raises(ValueError, match="the name shapes_val is taken by another data set"):
         register_coco_format([["shapes_val", json_file, images]])

@@ -34,9 +34,9 @@ def test_num_classes_of_roi_heads(make_cfg):
     cfg.MODEL.DEVICE = "cpu"
     cfg.DATASETS.TRAIN = ("tiny_train",)
     with pytest.raises(ValueError, match=r"MODEL.ROI_HEADS.NUM_CLASSES is 80, .* Set .* 3"):
-        check_num_classes(cfg, build_model(cfg))
+        check_num_classes(build_model(cfg), cfg.DATASETS.TRAIN)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
-    check_num_classes(cfg, build_model(cfg))
+    check_num_classes(build_model(cfg), cfg.DATASETS.TRAIN)
 
 
 def test_other_classes_in_validation(make_cfg):

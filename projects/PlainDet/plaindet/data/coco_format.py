@@ -14,11 +14,10 @@ Dataset = tuple[str, str, str]  # name, json file, folder of images
 
 def register_coco_format(datasets: list[Dataset]) -> None:
     """Registers data sets in COCO format, as `DATASETS.COCO_FORMAT` lists them. The same name may
-    be registered again with the same files.
+    be registered again with the same files. They are needed by those who read the data set.
 
     Raises:
         ValueError: an entry is not [name, json file, image folder], or the name is taken.
-        FileNotFoundError: a file or folder is missing.
     """
     for entry in datasets:
         if len(entry) != 3 or not all(isinstance(item, str) for item in entry):
@@ -26,9 +25,6 @@ def register_coco_format(datasets: list[Dataset]) -> None:
                 f"DATASETS.COCO_FORMAT: found {entry!r}, expected [name, json file, image folder]"
             )
         name, json_file, image_root = entry
-        for path, exists in ((json_file, os.path.isfile), (image_root, os.path.isdir)):
-            if not exists(path):
-                raise FileNotFoundError(f"DATASETS.COCO_FORMAT: {path} of {name} does not exist")
         if name in DatasetCatalog.list():
             registered = MetadataCatalog.get(name)
             files = (registered.get("json_file"), registered.get("image_root"))
@@ -44,6 +40,9 @@ def register_coco_format(datasets: list[Dataset]) -> None:
 
 
 def _read(name: str, json_file: str, image_root: str) -> list[dict]:
+    for path, exists in ((json_file, os.path.isfile), (image_root, os.path.isdir)):
+        if not exists(path):
+            raise FileNotFoundError(f"DATASETS.COCO_FORMAT: {path} of {name} does not exist")
     # With the annotations' ids, for messages.
     return load_coco_json(json_file, image_root, name, extra_annotation_keys=["id"])
 

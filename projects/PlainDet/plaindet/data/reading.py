@@ -14,13 +14,15 @@ from .records import check_records, where
 @contextmanager
 def explained_errors(dataset_names: Sequence[str]) -> Iterator[None]:
     """Around code that reads data sets: an error in there says which file, image and annotation it
-    comes from. Only then the files are looked at.
+    comes from. Only then the files are looked at. Missing files and modules say so themselves.
 
     Raises:
         ValueError: instead of the error.
     """
     try:
         yield
+    except (FileNotFoundError, ImportError):
+        raise
     except Exception as error:
         for name in dataset_names:
             explanation = _explanation(name)
@@ -32,6 +34,8 @@ def explained_errors(dataset_names: Sequence[str]) -> Iterator[None]:
 def _explanation(name: str) -> str | None:
     metadata = MetadataCatalog.get(name)
     json_file = metadata.get("json_file")
+    if json_file is not None and metadata.get("evaluator_type") != "coco":
+        return None  # as LVIS's, which has other keys
     if json_file is not None:
         try:
             with open(json_file) as f:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -26,13 +27,13 @@ NUM_CLASSES_KEYS = {
 }
 
 
-def check_num_classes(cfg: CfgNode, model: nn.Module) -> None:
+def check_num_classes(model: nn.Module, dataset_names: Sequence[str]) -> None:
     """Compares the classes of every data set of a run with the detector's and with each other.
 
     Raises:
         ValueError: they disagree; names the config key, the data set and both numbers.
     """
-    classes = {name: thing_classes(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
+    classes = {name: thing_classes(name) for name in dataset_names}
     for module in model.modules():
         for module_class, key in NUM_CLASSES_KEYS.items():
             if isinstance(module, module_class):

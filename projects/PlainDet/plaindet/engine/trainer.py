@@ -68,7 +68,7 @@ class PlainTrainer(DefaultTrainer):
 
         check_precision(cfg)
         model = self.build_model(cfg)
-        check_num_classes(cfg, model)
+        check_num_classes(model, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
         optimizer = self.build_optimizer(cfg, model)
         self.mapper = self.build_train_mapper(cfg)
         data_loader = self.build_train_loader(cfg, self.mapper)
