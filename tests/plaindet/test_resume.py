@@ -105,6 +105,14 @@ def test_killed_before_the_final_checkpoint(make_cfg):
     assert_equal(final_checkpoint(killed), final_checkpoint(whole))
 
 
+def test_checkpoint_behind_the_end(make_cfg):
+    cfg = make_cfg(CONFIG, "SOLVER.MAX_ITER", "4", "SEED", "5")
+    start(cfg)
+    cfg.SOLVER.MAX_ITER = 3
+    with pytest.raises(ValueError, match=r"model_final.pth has 4 iter.* at most SOLVER.MAX_ITER 3"):
+        start(cfg, resume=True)
+
+
 def test_two_interruptions_without_a_seed(make_cfg):
     """A random seed is kept, too."""
     cfg = make_cfg(CONFIG, "SEED", "-1", "SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.MAX_ITER", "5")

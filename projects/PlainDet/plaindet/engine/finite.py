@@ -59,7 +59,8 @@ class FiniteLosses(HookBase):
         iteration = self.trainer.iter
         if finite:
             raise FloatingPointError(
-                f"A loss of another process is infinite or NaN in iteration {iteration}"
+                f"A loss of another process is infinite or NaN in iteration {iteration}: see "
+                f"nonfinite_{iteration:07d}_process*.pth and log.txt.rank* in {self.output_dir}"
             )
         losses = {name: float(loss) for name, loss in self._losses.items()}
         files = [image.get("file_name") for image in self._batch]

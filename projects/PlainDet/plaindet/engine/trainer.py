@@ -109,6 +109,19 @@ class PlainTrainer(DefaultTrainer):
         self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
         comm.synchronize()
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As DefaultTrainer's.
+
+        Raises:
+            ValueError: the checkpoint is of an iteration behind the end of the run.
+        """
+        super().resume_or_load(resume)
+        if 0 < self.max_iter < self.start_iter:
+            raise ValueError(
+                f"The checkpoint {self.checkpointer.get_checkpoint_file()} has {self.start_iter} "
+                f"iterations, expected at most SOLVER.MAX_ITER {self.max_iter}"
+            )
+
     def train(self):
         """As DefaultTrainer's."""
         # TorchScript profiles its functions (fvcore's losses) in their first calls, and its
@@ -129,7 +142,7 @@ class PlainTrainer(DefaultTrainer):
                 if isinstance(hook, (hooks.EvalHook, hooks.BestCheckpointer)):
                     hook.after_step()
 
-        if 0 < self.max_iter <= self.start_iter:
+        if 0 < self.max_iter == self.start_iter:
             self._write_final_checkpoint()
 
     def _write_final_checkpoint(self) -> None:
