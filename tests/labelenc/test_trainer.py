@@ -134,7 +134,7 @@ def test_interrupted_step1_leaves_a_step1_file(make_cfg, step2_cfg):
     LabelEncTrainer(step2_cfg).resume_or_load(resume=False)
 
 
-def test_pictures_in_the_event_storage(make_cfg):
+def test_pictures_in_the_event_storage(make_cfg, monkeypatch):
     trainer = LabelEncTrainer(make_cfg(STEP1, "VIS_PERIOD", "1"))
     batch = next(iter(trainer.data_loader))
     with EventStorage() as storage:
@@ -145,6 +145,11 @@ def test_pictures_in_the_event_storage(make_cfg):
         "label_map": (3, height, width),
         "features_p4: image | label encoding": (3, height, 2 * width),
     }
+    # Nobody writes, or empties, the storage of another process.
+    monkeypatch.setattr(comm, "get_rank", lambda: 1)
+    with EventStorage() as storage:
+        trainer.model(batch)
+    assert not storage._vis_data
 
 
 def test_step2_inherits_head_and_encoder_fpn(step2_cfg, step1, caplog):

@@ -8,6 +8,7 @@ from detectron2.config import configurable
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.modeling import FPN, Backbone
 from detectron2.structures import ImageList, Instances
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
@@ -271,10 +272,11 @@ class LabelEncDetector(TrainingOnlyModules):
         return label_maps
 
     def _visualize(self, batched_inputs, features, encodings) -> None:
-        """Every VIS_PERIOD iterations, the first image's label map and features to the storage."""
+        """Every VIS_PERIOD iterations, the first image's label map and features to the storage of
+        the main process, the only one that is written and emptied."""
         storage = get_event_storage()
         vis_period = getattr(self, "vis_period", 0)
-        if vis_period <= 0 or storage.iter % vis_period != 0:
+        if vis_period <= 0 or storage.iter % vis_period != 0 or not comm.is_main_process():
             return
         image = batched_inputs[0]["image"]
         if self.feature_teacher is None:
