@@ -45,6 +45,10 @@ def test_demo(tiny_data, tmp_path, monkeypatch, capfd, name, last_row):
     capfd.readouterr()
     demo.main()
     assert capfd.readouterr().out.count("is finished already") == len(demo.RUNS) == 3
+    # A data set of the same name elsewhere has the same folder.
+    small += ["SEED", "2"]
+    with pytest.raises(ValueError, match="remove the folder, or choose another --output"):
+        demo.main()
 
     report = (tmp_path / "tiny" / "report.md").read_text()
     number = r"(?:nan|[\d.]+)"
@@ -62,7 +66,7 @@ def test_data_set_of_the_demos(tiny_data):
         for overrides, num_classes in ((runs.dataset_overrides(str(folder)), 3), ([], 8)):
             cfg = read_config(CONFIGS / f"quick/{detector}_R_18_baseline.yaml", overrides)
             cfg.MODEL.DEVICE = "cpu"
-            check_num_classes(cfg, build_model(cfg))
+            check_num_classes(build_model(cfg), cfg.DATASETS.TRAIN)
             assert len(thing_classes(cfg.DATASETS.TRAIN[0])) == num_classes
     assert runs.dataset_overrides(None) == []
 

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
@@ -56,20 +55,32 @@ def dataset_overrides(folder: str | None) -> list[str]:
 
 
 def train(folder: Path, config: str, overrides: list[str]) -> None:
-    """Runs train_net.py into a folder, and notes the minutes it took. A run that was interrupted
-    is continued, a finished one is left as it is."""
-    minutes_file = folder / "minutes.json"
-    if minutes_file.exists():
-        print(f"{folder} is finished already", flush=True)
-        return
+    """Runs train_net.py into a folder. A run that was interrupted is continued, a finished one is
+    left as it is.
+
+    Raises:
+        ValueError: the folder has a run with other arguments.
+    """
+    record_file, arguments = folder / "demo.json", [config, *overrides]
+    if record_file.exists():
+        record = json.loads(record_file.read_text())
+        if record["arguments"] != arguments:
+            raise ValueError(
+                f"{folder} has a run of {record['arguments']}, expected {arguments}: remove the "
+                "folder, or choose another --output"
+            )
+        if record["is_finished"]:
+            print(f"{folder} is finished already", flush=True)
+            return
+    folder.mkdir(exist_ok=True)
+    record_file.write_text(json.dumps({"arguments": arguments, "is_finished": False}))
     # Threads that wait for each other should not keep the data loader's workers off the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = [sys.executable, "-W", "ignore", str(REPOSITORY / "train_net.py"), "--resume"]
     command += ["--config-file", str(CONFIGS / config), *overrides]
     print(" ".join(command), flush=True)
-    start = time.time()
     subprocess.run(command, check=True)
-    minutes_file.write_text(json.dumps((time.time() - start) / 60))
+    record_file.write_text(json.dumps({"arguments": arguments, "is_finished": True}))
 
 
 def read_metrics(folder: Path) -> dict:
@@ -89,17 +100,16 @@ def results_table(
             that it starts from.
     """
     lines = [
-        "| run | iterations | total iterations | AP | AP50 | AP75 | s / iteration | minutes |",
-        "|---|---|---|---|---|---|---|---|",
+        "| run | iterations | total iterations | AP | AP50 | AP75 | s / iteration |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, title in titles.items():
         metrics = read_metrics(output / name)
-        minutes = json.loads((output / name / "minutes.json").read_text())
         values = [metrics[f"bbox/{key}"] for key in ("AP", "AP50", "AP75")]
         lines.append(
             f"| {title} | {iterations[name]} | {totals[name]} | "
             + " | ".join(f"{value:.1f}" for value in values)
-            + f" | {metrics['time']:.2f} | {minutes:.1f} |"
+            + f" | {metrics['time']:.2f} |"
         )
     return "\n".join(lines)
 
