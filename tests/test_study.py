@@ -299,6 +299,20 @@ def test_study_that_is_killed(start):
     assert [r for r in without_times(whole) if "baseline" in r["name"]] == results[:2]
 
 
+def test_runs_that_start_from_a_removed_one(tmp_path, tiny_data):
+    """Their results are of the removed one, and are removed as well."""
+    runs = list(
+        study_plan.plan_runs(
+            study_plan.read_study("labelenc_table_1"), "retinanet", "shapes", 1, tmp_path
+        ).values()
+    )
+    step1, step2 = runs[-2:]
+    results = {run.name: {} for run in runs}
+    assert study.stale_runs(runs, results) == set()
+    del results[step1.name]
+    assert study.stale_runs(runs, results) == {step2.name}
+
+
 @pytest.mark.parametrize("seed", [1, 3])
 def test_seed_of_a_run(tmp_path, tiny_data, monkeypatch, seed):
     commands, data = [], str(Path(tiny_data[0][1]).parent.parent)

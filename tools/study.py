@@ -29,6 +29,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -81,6 +82,20 @@ def unfinished_runs(runs: list[Run], results: dict[str, dict], folder: Path) -> 
             unfinished[run.name] = run
             starts.update(parent.name for parent in run.parents.values())
     return list(reversed(unfinished.values()))
+
+
+def stale_runs(runs: list[Run], results: dict[str, dict]) -> set[str]:
+    """The names of runs that start from one whose result has been removed, and so on.
+
+    Args:
+        runs: each after its parents.
+    """
+    stale = set()
+    for run in runs:
+        parents = {parent.name for parent in run.parents.values()}
+        if run.name in results and (parents & stale or parents - results.keys()):
+            stale.add(run.name)
+    return stale
 
 
 def train_all(runs: list[Run], results: dict[str, dict], output: Path, jobs: int) -> list[str]:
@@ -251,6 +266,10 @@ def main():
             except BlockingIOError:
                 raise SystemExit(f"Another study is running in {args.output}") from None
         results = read_results(args.output)
+        for name in stale_runs(runs, results):
+            del results[name]
+            if not args.report_only:
+                shutil.rmtree(args.output / "runs" / name, ignore_errors=True)
         if not args.report_only:
             failed = train_all(runs, results, args.output, args.jobs)
     for (name, dataset), plan in plans.items():
