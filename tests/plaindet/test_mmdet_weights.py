@@ -155,6 +155,8 @@ def test_round_trip(build, tmp_path, capsys, detector, depth, p6_source):
     """mmdet's file becomes a file and a config of the same detector."""
     original = build(detector, depth, p6_source)
     weights = mmdet_weights(original)
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    (tmp_path / "new").symlink_to(tmp_path / "disk" / "deep")
     source, output = tmp_path / "mmdet.pth", tmp_path / "new" / "teacher.pth"
     torch.save({"state_dict": weights, "meta": {"epoch": 12}, "optimizer": {}}, source)
     convert_mmdet.main([str(source), str(output)])
