@@ -57,7 +57,7 @@ def convert(source: str, output: str, fcos: str | None) -> None:
         raise ValueError(f"{output} is the name of the config that is written beside the weights")
     converted = convert_official_weights(load_official_weights(source), source, fcos)
     detector = converted["description"]["detector"]
-    base = os.path.relpath(CONFIGS / STEP2_CONFIGS[fcos or detector], config_file.parent.resolve())
+    base = os.path.relpath(CONFIGS / STEP2_CONFIGS[fcos or detector], config_file.parent)
     keys = {**official_config(converted), "LABELENC": {"STEP1_FILE": output}}
     folder = str(Path(output).with_suffix("")) + "_step2"
     config = {"_BASE_": base, "OUTPUT_DIR": folder, "MODEL": keys}

@@ -62,8 +62,7 @@ def convert(source: str, output: str) -> None:
     model = convert_mmdet_weights(weights, network, source)
     keys = mmdet_config(network)
     bases = [
-        os.path.relpath(CONFIGS / name, config_file.parent.resolve())
-        for name in BASES[network.detector]
+        os.path.relpath(CONFIGS / name, config_file.parent) for name in BASES[network.detector]
     ]
     config = {
         "_BASE_": bases if len(bases) > 1 else bases[0],
