@@ -9,7 +9,13 @@ from detectron2.modeling import build_model
 from detectron2.utils.analysis import find_unused_parameters
 from detectron2.utils.events import EventStorage
 
-from labelenc import LabelEncTrainer, feature_distance, inherit_step1_file, save_step1_file
+from labelenc import (
+    LabelEncTrainer,
+    feature_distance,
+    inherit_step1_file,
+    inherit_teacher,
+    save_step1_file,
+)
 from plaindet.modeling import Teacher
 
 STEP1 = "quick/retinanet_R_18_labelenc_step1.yaml"
@@ -234,6 +240,14 @@ def test_teacher_that_does_not_fit_its_file(make_cfg, teacher_file, overrides, m
         LabelEncTrainer(make_cfg(STEP2, *teacher_options(teacher_file, *overrides)))
 
 
+def test_head_of_another_detector_as_the_teacher(make_cfg):
+    """ATSS and FCOS have heads of the same shapes, which mean different things."""
+    student = build_model(make_cfg("quick/fcos_R_18_labelenc_step2.yaml"))
+    student.set_feature_teacher(Teacher(build_model(make_cfg("quick/atss_R_18_baseline.yaml"))))
+    with pytest.raises(ValueError, match="is of the class ATSS, expected FCOS, whose head"):
+        inherit_teacher(student, "teacher.yaml")
+
+
 def test_teacher_that_does_not_fit_the_student(make_cfg, teacher_file):
     options = teacher_options(teacher_file)
     narrow = make_cfg(STEP2, *options, "MODEL.FPN.OUT_CHANNELS", "32")
@@ -245,6 +259,9 @@ def test_teacher_that_does_not_fit_the_student(make_cfg, teacher_file):
     without_norm = make_cfg(STEP2, *options, "MODEL.FPN.NORM", "")
     with pytest.raises(ValueError, match=f"{BASELINE} has another FPN: only in the config "):
         LabelEncTrainer(without_norm).resume_or_load(resume=False)
+    other_boxes = make_cfg(STEP2, *options, "MODEL.RETINANET.BBOX_REG_WEIGHTS", "(5, 5, 5, 5)")
+    with pytest.raises(ValueError, match=r"does not fit: box_weights is \[1.0, .* and \[5, 5, "):
+        LabelEncTrainer(other_boxes).resume_or_load(resume=False)
     with pytest.raises(ValueError, match="STEP is 1, which trains the label encoder. A teacher"):
         build_model(make_cfg(STEP1, *options))
     without = make_cfg(STEP2, *options[:-4], "MODEL.LABELENC.TEACHER.WEIGHTS", "")

@@ -116,7 +116,21 @@ def test_step1_file(step1):
         "detector": "RetinaNet",
         "num_classes": 3,
         "fpn": {f"p{level}": [64, 2**level] for level in range(3, 8)},
-        "settings": {"box_weights": [1.0, 1.0, 1.0, 1.0], "anchor_offset": 0.0},
+        "fuse_type": "sum",
+        "extra_levels": "LastLevelP6P7 on res5",
+        "label_map": "boxes",
+        "settings": {
+            "box_weights": [1.0, 1.0, 1.0, 1.0],
+            "anchor_sizes": [
+                [12.0, 15.1, 19.0],
+                [24.0, 30.2, 38.1],
+                [48.0, 60.5, 76.2],
+                [96.0, 121.0, 152.4],
+                [192.0, 241.9, 304.8],
+            ],
+            "anchor_aspect_ratios": [[0.5, 1.0, 2.0]] * 5,
+            "anchor_offset": 0.0,
+        },
     }
 
 

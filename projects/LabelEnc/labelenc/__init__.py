@@ -13,7 +13,7 @@ from .detector import LabelEncDetector
 from .distance import FeatureAdapter, feature_distance
 from .label_encoder import LabelEncoder, build_label_encoder
 from .label_map import LabelMap
-from .step1_file import inherit_step1_file, save_step1_file
+from .step1_file import inherit_step1_file, inherit_teacher, save_step1_file
 from .trainer import LabelEncTrainer
 from .two_stage import LabelEncGeneralizedRCNN
 
@@ -34,5 +34,6 @@ __all__ = [
     "build_label_encoder",
     "feature_distance",
     "inherit_step1_file",
+    "inherit_teacher",
     "save_step1_file",
 ]

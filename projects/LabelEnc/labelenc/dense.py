@@ -7,7 +7,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 
 from plaindet.modeling import ATSS, FCOS, GFL
 
-from .detector import LabelEncDetector
+from .detector import LabelEncDetector, anchor_settings
 
 
 class LabelEncDenseDetector(LabelEncDetector):
@@ -37,10 +37,11 @@ class LabelEncDenseDetector(LabelEncDetector):
 class LabelEncRetinaNet(LabelEncDenseDetector, RetinaNet):
     """RetinaNet trained with LabelEnc."""
 
-    def head_settings(self):
+    @staticmethod
+    def head_settings(detector):
         return {
-            "box_weights": list(self.box2box_transform.weights),
-            "anchor_offset": self.anchor_generator.offset,
+            "box_weights": list(detector.box2box_transform.weights),
+            **anchor_settings(detector.anchor_generator),
         }
 
 
@@ -48,10 +49,11 @@ class LabelEncRetinaNet(LabelEncDenseDetector, RetinaNet):
 class LabelEncFCOS(LabelEncDenseDetector, FCOS):
     """FCOS trained with LabelEnc."""
 
-    def head_settings(self):
+    @staticmethod
+    def head_settings(detector):
         return {
-            "normalize_distances": self.head.normalize_distances,
-            "centerness_on_box_subnet": self.head.centerness_on_box_subnet,
+            "normalize_distances": detector.head.normalize_distances,
+            "centerness_on_box_subnet": detector.head.centerness_on_box_subnet,
         }
 
 
@@ -64,5 +66,4 @@ class LabelEncGFL(LabelEncDenseDetector, GFL):
 class LabelEncATSS(LabelEncDenseDetector, ATSS):
     """ATSS trained with LabelEnc."""
 
-    def head_settings(self):
-        return {"box_weights": list(self.box2box_transform.weights)}
+    head_settings = staticmethod(LabelEncRetinaNet.head_settings)

@@ -7,6 +7,7 @@ import torch
 from detectron2.config import configurable
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.modeling import FPN, Backbone
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import ImageList, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
@@ -46,6 +47,7 @@ class LabelEncDetector(TrainingOnlyModules):
         lambda1: float = 1.0,
         lambda2: float = 1.0,
         lambda_: float = 1.0,
+        label_map: str = "boxes",
         **detector,
     ):
         """
@@ -55,6 +57,8 @@ class LabelEncDetector(TrainingOnlyModules):
             step: 1 or 2.
             lambda1, lambda2: weights of L2 and L3 in step 1 (Eq. 9).
             lambda_: weight of the auxiliary loss in step 2 (Eq. 7).
+            label_map: what the label maps of the inputs are drawn from, "boxes" or "masks": the
+                same in both steps.
             detector: the arguments of the plain meta-architecture.
 
         Raises:
@@ -69,6 +73,7 @@ class LabelEncDetector(TrainingOnlyModules):
                 "(MODEL.LABELENC.TEACHER) takes its place in step 2"
             )
         self.step = step
+        self.label_map = label_map
         self.lambda1 = lambda1
         self.distance_weight = lambda2 if step == 1 else lambda_
         # Whether L3 counts in this iteration: set by the trainer's hook.
@@ -102,6 +107,7 @@ class LabelEncDetector(TrainingOnlyModules):
             "lambda1": cfg.MODEL.LABELENC.LAMBDA1,
             "lambda2": cfg.MODEL.LABELENC.LAMBDA2,
             "lambda_": cfg.MODEL.LABELENC.LAMBDA,
+            "label_map": cfg.MODEL.LABELENC.LABEL_MAP,
         }
 
     @staticmethod
@@ -109,9 +115,14 @@ class LabelEncDetector(TrainingOnlyModules):
         """The number of classes of the detector, from the arguments of its constructor."""
         return detector["num_classes"]
 
-    def head_settings(self) -> dict:
-        """What gives the weights of the head their meaning, besides its class. Step 2 refuses a
-        step-1 file with other settings."""
+    @staticmethod
+    def head_settings(detector: nn.Module) -> dict:
+        """What gives the weights of a head their meaning, besides its class. Step 2 refuses a
+        step-1 file, or a teacher, with other settings.
+
+        Args:
+            detector: of the plain class; this one is, and so is a teacher.
+        """
         return {}
 
     @property
@@ -292,3 +303,18 @@ class LabelEncDetector(TrainingOnlyModules):
         storage.put_image(
             f"features_{level}: image | {source}", np.hstack(pictures).transpose(2, 0, 1)
         )
+
+
+def anchor_settings(generator: DefaultAnchorGenerator) -> dict:
+    """The anchors of a position, in the terms of MODEL.ANCHOR_GENERATOR."""
+    sides = [(x[:, 2:] - x[:, :2]).double() for x in generator.cell_anchors]
+    return {
+        "anchor_sizes": [_unique(side.prod(dim=1).sqrt(), 1) for side in sides],
+        "anchor_aspect_ratios": [_unique(side[:, 1] / side[:, 0], 3) for side in sides],
+        "anchor_offset": generator.offset,
+    }
+
+
+def _unique(values: torch.Tensor, digits: int) -> list[float]:
+    """In the order in which they come first."""
+    return list(dict.fromkeys(round(value, digits) for value in values.tolist()))

@@ -27,6 +27,12 @@ from plaindet.messages import some_of
 RETINANET, FCOS, FASTER_RCNN = "RetinaNet", "FCOS", "GeneralizedRCNN"
 # Without and with the later improvements of FCOS. Their files have the same keys.
 FCOS_KINDS = ("plain", "improved")
+# What makes the levels above p5, as a step-1 file names it.
+EXTRA_LEVELS = {
+    RETINANET: "LastLevelP6P7 on res5",
+    FCOS: "LastLevelP6P7 on p5",
+    FASTER_RCNN: "LastLevelMaxPool on p5",
+}
 
 NUM_LEVELS = 5
 NUM_RATIOS = NUM_OCTAVE_SCALES = 3
@@ -113,6 +119,9 @@ def convert_official_weights(
         "detector": detector,
         "num_classes": num_classes,
         "fpn": fpn,
+        "fuse_type": "sum",
+        "extra_levels": EXTRA_LEVELS[detector],
+        "label_map": "boxes",
         "settings": _head_settings(detector, fcos),
     }
     return {"description": description, "label_encoder": label_encoder, "head": head}
@@ -151,12 +160,26 @@ def official_config(converted: dict) -> dict:
 
 def _head_settings(detector: str, fcos: str | None) -> dict:
     """See `LabelEncDetector.head_settings`."""
-    if detector == RETINANET:
-        return {"box_weights": [10.0, 10.0, 5.0, 5.0], "anchor_offset": 0.5}
     if detector == FCOS:
         improved = fcos == "improved"
         return {"normalize_distances": improved, "centerness_on_box_subnet": improved}
-    return {"anchor_offset": 0.5}
+    box_weights, octaves = [10.0, 10.0, 5.0, 5.0], range(NUM_OCTAVE_SCALES)
+    anchors = {
+        "anchor_sizes": [
+            [round(32.0 * 2 ** (level + octave / NUM_OCTAVE_SCALES), 1) for octave in octaves]
+            for level in range(NUM_LEVELS)
+        ],
+        "anchor_aspect_ratios": [[0.5, 1.0, 2.0]] * NUM_LEVELS,
+        "anchor_offset": 0.5,
+    }
+    if detector == RETINANET:
+        return {"box_weights": box_weights, **anchors}
+    return {
+        "proposal_box_weights": [1.0, 1.0, 1.0, 1.0],
+        "box_weights": [box_weights],
+        **anchors,
+        "anchor_sizes": [sizes[:1] for sizes in anchors["anchor_sizes"]],
+    }
 
 
 def _clean(group: dict) -> dict:

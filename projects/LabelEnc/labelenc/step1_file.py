@@ -3,9 +3,10 @@
 It holds plain tensors and a small description, and nothing of the image branch's backbone::
 
     {
-        "version": 2,
+        "version": 3,
         "description": {"detector": "RetinaNet", "num_classes": 80, "fpn": {"p3": [256, 8], ...},
-                        "settings": {"box_weights": [1.0, 1.0, 1.0, 1.0], ...}},
+                        "fuse_type": "sum", "extra_levels": "LastLevelP6P7 on res5",
+                        "label_map": "boxes", "settings": {"box_weights": [1.0, ...], ...}},
         "label_encoder": psi, the state dict of the encoder and its FPN,
         "head": theta_d, the plain detector's state dict without its backbone,
     }
@@ -22,25 +23,30 @@ from torch import nn
 
 from plaindet.files import write_atomically
 from plaindet.loading import load_tensors
+from plaindet.messages import some_of
 
 from .detector import LabelEncDetector
 
 FILE_NAME = "label_encoder.pth"
-VERSION = 2
+VERSION = 3
 
 logger = logging.getLogger(__name__)
 
 
 def describe(model: LabelEncDetector) -> dict:
     """What a step-1 file has to agree on with the detector that uses it: the class of the plain
-    detector, the number of classes, the FPN's levels as {name: [channels, stride]}, and the head's
-    settings."""
-    shapes = model.label_encoder.output_shape()
+    detector, the number of classes, the FPN's levels as {name: [channels, stride]} and how they are
+    made, what label maps are drawn from, and the head's settings."""
+    shapes, top_block = model.label_encoder.output_shape(), model.label_encoder.top_block
+    extra_levels = top_block and f"{type(top_block).__name__} on {top_block.in_feature}"
     return {
         "detector": model.plain_class().__name__,
         "num_classes": model.label_encoder.bottom_up.num_classes,
         "fpn": {name: [shape.channels, shape.stride] for name, shape in shapes.items()},
-        "settings": model.head_settings(),
+        "fuse_type": model.label_encoder._fuse_type,
+        "extra_levels": extra_levels,
+        "label_map": model.label_map,
+        "settings": model.head_settings(model),
     }
 
 
@@ -81,22 +87,15 @@ def inherit_step1_file(model: LabelEncDetector, path: str, with_detector: bool =
         with_detector: also the head and the FPN, and not the label encoder alone.
 
     Raises:
-        ValueError: the file is no step-1 file, or one of another detector, class count, FPN or
-            head.
+        ValueError: the file is no step-1 file, or one of another detector, class count, FPN, label
+            map or head.
     """
     data = _load(path)
-    found, expected = data["description"], describe(model)
-    differences = [
-        f"{key} is {found.get(key)} in the file and {expected[key]} in the config"
-        for key in expected
-        if found.get(key) != expected[key]
-    ]
-    if differences:
-        raise ValueError(f"The step-1 file {path} does not fit: " + "; ".join(differences))
-
-    _check_keys("label encoder", model.label_encoder.state_dict(), data["label_encoder"], path)
+    _check_description(data["description"], describe(model), f"The step-1 file {path}")
+    encoder = model.label_encoder.state_dict()
+    _check_tensors("label encoder", encoder, data["label_encoder"], path)
     if with_detector:
-        _check_head(model, data["head"], path)
+        _check_tensors("head", _head_state_dict(model), data["head"], path)
     model.label_encoder.load_state_dict(data["label_encoder"])
     if with_detector:
         _load_matching_layers(model, {**_fpn(data["label_encoder"]), **data["head"]}, path)
@@ -113,9 +112,17 @@ def inherit_teacher(model: LabelEncDetector, path: str) -> None:
         ValueError: the teacher's head or FPN is another one.
     """
     teacher = model.feature_teacher.model
+    if not isinstance(teacher, model.plain_class()):
+        raise ValueError(
+            f"The teacher {path} is of the class {type(teacher).__name__}, expected "
+            f"{model.plain_class().__name__}, whose head can be inherited. Set "
+            "MODEL.LABELENC.INHERIT False to use its features alone"
+        )
+    settings = [model.head_settings(detector) for detector in (teacher, model)]
+    _check_description(*settings, f"The teacher {path}")
     head, fpn = _head_state_dict(teacher), _fpn(teacher.backbone.state_dict())
     _check_keys("FPN", _fpn(model.backbone.state_dict()), fpn, path)
-    _check_head(model, head, path)
+    _check_tensors("head", _head_state_dict(model), head, path)
     _load_matching_layers(model, {**fpn, **head}, path)
 
 
@@ -147,7 +154,7 @@ def _load(path: str) -> dict:
         raise ValueError(f"{path} is no step-1 file: {error}") from error
     keys = {"version", "description", "label_encoder", "head"}
     if not isinstance(data, dict) or not keys <= data.keys():
-        content = sorted(data) if isinstance(data, dict) else type(data).__name__
+        content = some_of(data) if isinstance(data, dict) else type(data).__name__
         raise ValueError(
             f"{path} is no step-1 file: found {content}, expected {sorted(keys)}. Step 1 writes it "
             f"as {FILE_NAME}"
@@ -156,7 +163,31 @@ def _load(path: str) -> dict:
         raise ValueError(
             f"The step-1 file {path} has version {data['version']}, expected version {VERSION}"
         )
+    for key in ("description", "label_encoder", "head"):
+        if not isinstance(data[key], dict):
+            raise ValueError(
+                f"The step-1 file {path} has a {type(data[key]).__name__} as its {key!r}, expected "
+                "a dict"
+            )
     return data
+
+
+def _check_description(found: dict, expected: dict, what: str) -> None:
+    """Raises a ValueError that names all differences."""
+    found, expected = _flat(found), _flat(expected)
+    differences = [
+        f"{key} is {found.get(key)} in the file and {expected[key]} in the config"
+        for key in expected
+        if found.get(key) != expected[key]
+    ]
+    if differences:
+        raise ValueError(f"{what} does not fit: " + "; ".join(differences))
+
+
+def _flat(description: dict) -> dict:
+    """With a key for each of the settings."""
+    rest = {key: value for key, value in description.items() if key != "settings"}
+    return {**rest, **description.get("settings", {})}
 
 
 def _check_keys(name: str, expected: dict, found: dict, path: str) -> None:
@@ -168,13 +199,13 @@ def _check_keys(name: str, expected: dict, found: dict, path: str) -> None:
         )
 
 
-def _check_head(model: LabelEncDetector, found: dict[str, torch.Tensor], path: str) -> None:
-    expected = _head_state_dict(model)
-    _check_keys("head", expected, found, path)
+def _check_tensors(name: str, expected: dict, found: dict, path: str) -> None:
+    _check_keys(name, expected, found, path)
     for key, value in found.items():
-        if value.shape != expected[key].shape:
+        shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        if shape != tuple(expected[key].shape):
             raise ValueError(
-                f"{path} has another head: {key} is {tuple(value.shape)} in the file and "
+                f"{path} has another {name}: {key} is {shape} in the file and "
                 f"{tuple(expected[key].shape)} in the config"
             )
 
