@@ -180,6 +180,33 @@ CASES = {
     "id twice": (annotation(id=2), r"1\.png, annotation 2: another annotation has this id"),
     "ignore": (annotation(ignore=1), FIRST + "'ignore' is not supported"),
     "image without name": (image(file_name=...), "image 1: it has no file_name"),
+    "images of one id": (
+        edit(lambda content: content["images"][1].update(id=1)),
+        r"train\.json: images 1\.png and 2\.png have the same id 1",
+    ),
+    "images are numbers": (replaced(images=[3]), r"train\.json: its images are no list of objects"),
+    "annotations are null": (replaced(annotations=None), r"train\.json: its annotations are no"),
+    "name of a category is null": (
+        edit(lambda content: content["categories"][2].update(name=None)),
+        "category number 2: name is None",
+    ),
+    "name of an image is null": (image(file_name=None), "image 1: file_name is None"),
+    "id of an image is null": (image(id=None), r"image 1\.png: id is None"),
+    "category is a list": (annotation(category_id=[1]), FIRST + r"category_id is \[1\]"),
+    "box is null": (annotation(bbox=None), FIRST + "the box is None, expected 4 numbers"),
+    "polygon without its list": (
+        annotation(segmentation=[1, 2, 3, 4, 5, 6]),
+        FIRST + r"the mask is \[1, 2, 3, 4, 5, 6\], expected a list of polygons",
+    ),
+    "mask is a number": (annotation(segmentation=5), FIRST + "the mask is 5, expected polygons"),
+    "run lengths without counts": (
+        annotation(segmentation={"size": [64, 80]}),
+        FIRST + "the mask's run lengths are None",
+    ),
+    "run lengths without size": (
+        annotation(segmentation={"counts": [5120]}),
+        FIRST + "the size of the mask is None",
+    ),
     "image without height": (image(height=...), r"image 1\.png: it has no height"),
     # Annotations that cannot be used
     "box of 3": (annotation(bbox=[1, 2, 3]), FIRST + r"the box is \[1, 2, 3\], expected 4"),
@@ -210,6 +237,21 @@ CASES = {
     "mask of another size": (
         one_rle(60, 80),
         FIRST + r"the mask has the size \(60, 80\), the image \(64, 80\)",
+        *BITMASKS,
+    ),
+    "compressed run lengths without size": (
+        annotation(segmentation={"counts": "PPYo1"}),
+        FIRST + "the size of the mask is None",
+        *BITMASKS,
+    ),
+    "empty mask": (
+        annotation(segmentation={"size": [64, 80], "counts": [5120]}),
+        FIRST + "the mask is empty or outside its box",
+        *BITMASKS,
+    ),
+    "run lengths elsewhere": (
+        annotation(bbox=[0, 0, 5, 5], segmentation={"size": [64, 80], "counts": [4000, 60, 1060]}),
+        FIRST + "the mask is empty or outside its box",
         *BITMASKS,
     ),
     # Images

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 from functools import partial
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
+
+from plaindet.messages import some_of
+
+from .reading import repeated_image_ids
 
 Dataset = tuple[str, str, str]  # name, json file, folder of images
 
@@ -43,6 +48,10 @@ def _read(name: str, json_file: str, image_root: str) -> list[dict]:
     for path, exists in ((json_file, os.path.isfile), (image_root, os.path.isdir)):
         if not exists(path):
             raise FileNotFoundError(f"DATASETS.COCO_FORMAT: {path} of {name} does not exist")
+    with open(json_file) as f:
+        repeated = list(repeated_image_ids(json.load(f)["images"]))
+    if repeated:
+        raise ValueError(f"{json_file}: {some_of(repeated)}")
     # With the annotations' ids, for messages.
     return load_coco_json(json_file, image_root, name, extra_annotation_keys=["id"])
 

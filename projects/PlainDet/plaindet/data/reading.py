@@ -8,7 +8,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from plaindet.messages import some_of
 
-from .records import check_records, where
+from .records import check_records, segmentation_problem, where
+
+ID = (int, str)
 
 
 @contextmanager
@@ -40,7 +42,7 @@ def _explanation(name: str) -> str | None:
         try:
             with open(json_file) as f:
                 problems = list(coco_problems(json.load(f)))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever is in the file
             problems = [f"{type(error).__name__}: {error}"]
         return f"{json_file}: {some_of(problems)}" if problems else None
     if name not in DatasetCatalog.list() or metadata.get("thing_classes") is None:
@@ -53,7 +55,8 @@ def _explanation(name: str) -> str | None:
 
 
 def coco_problems(content) -> Iterator[str]:
-    """What keeps Detectron2 from reading the content of a COCO-format json file.
+    """What keeps Detectron2 from reading the content of a COCO-format json file, or what it would
+    read in another way than it is meant.
 
     Args:
         content: as `json.load` gives it.
@@ -65,28 +68,69 @@ def coco_problems(content) -> Iterator[str]:
     if missing:
         yield f"it has no {', '.join(missing)}, only {sorted(content)}"
         return
+    for key in ("images", "annotations", "categories"):
+        entries = content[key]
+        if not isinstance(entries, list) or not all(isinstance(x, dict) for x in entries):
+            yield f"its {key} are no list of objects"
+            return
     if not content["categories"]:
         yield "it has no categories"
-    for image in content["images"]:
-        missing = [key for key in ("id", "file_name", "height", "width") if key not in image]
-        if missing:
-            name = image.get("file_name", image.get("id"))
-            yield f"image {name}: it has no {', '.join(missing)}"
-    files = {image.get("id"): image.get("file_name") for image in content["images"]}
-    categories = {category.get("id") for category in content["categories"]}
+    for i, category in enumerate(content["categories"]):
+        problem = _wrong_keys(category, id=ID, name=str)
+        if problem:
+            yield f"category number {i}: {problem}"
+    for i, image in enumerate(content["images"]):
+        problem = _wrong_keys(image, id=ID, file_name=str, height=object, width=object)
+        if problem:
+            yield f"image {image.get('file_name') or image.get('id', f'number {i}')}: {problem}"
+    yield from repeated_image_ids(content["images"])
+    files = {image["id"]: image.get("file_name") for image in content["images"] if _has_id(image)}
+    categories = {category["id"] for category in content["categories"] if _has_id(category)}
     ids = set()
     for i, annotation in enumerate(content["annotations"]):
-        missing = [key for key in ("id", "image_id", "category_id") if key not in annotation]
-        place = where(files.get(annotation.get("image_id"), "no image"), i, annotation)
-        if missing:
-            yield f"{place}: it has no {', '.join(missing)}"
+        problem = _wrong_keys(annotation, id=ID, image_id=ID, category_id=ID)
+        image_id = annotation.get("image_id")
+        file = files.get(image_id, "no image") if isinstance(image_id, ID) else "no image"
+        place = where(file, i, annotation)
+        if problem:
+            yield f"{place}: {problem}"
             continue
         if annotation["category_id"] not in categories:
             yield f"{place}: category_id {annotation['category_id']} is not among the categories"
         if annotation.get("bbox") == []:
             yield f"{place}: the box is empty"
+        if "bbox" in annotation and not hasattr(annotation["bbox"], "__len__"):
+            yield f"{place}: the box is {annotation['bbox']!r}, expected 4 numbers"
         if annotation.get("ignore", 0) != 0:
             yield f"{place}: 'ignore' is not supported"
         if annotation["id"] in ids:
             yield f"{place}: another annotation has this id"
+        if annotation.get("segmentation"):
+            problem = segmentation_problem(annotation["segmentation"])
+            if problem:
+                yield f"{place}: {problem}"
         ids.add(annotation["id"])
+
+
+def repeated_image_ids(images: list[dict]) -> Iterator[str]:
+    """Of images with one id only the last one is read, with the annotations of all."""
+    files = {}
+    for image in images:
+        if _has_id(image) and image["id"] in files:
+            names = f"{files[image['id']]} and {image.get('file_name')}"
+            yield f"images {names} have the same id {image['id']}"
+        if _has_id(image):
+            files[image["id"]] = image.get("file_name")
+
+
+def _has_id(entry: dict) -> bool:
+    return isinstance(entry.get("id"), ID)
+
+
+def _wrong_keys(entry: dict, **types) -> str:
+    """The keys that an object lacks, or those of another type."""
+    missing = [key for key in types if key not in entry]
+    if missing:
+        return f"it has no {', '.join(missing)}"
+    wrong = [key for key, kind in types.items() if not isinstance(entry[key], kind)]
+    return ", ".join(f"{key} is {entry[key]!r}" for key in wrong)

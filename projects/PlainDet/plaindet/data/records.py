@@ -9,6 +9,7 @@ from numbers import Integral
 
 import numpy as np
 from detectron2.structures import BoxMode
+from pycocotools import mask as run_lengths
 
 from plaindet.messages import some_of
 
@@ -110,14 +111,17 @@ def _problem(annotation, size, num_classes, mask_format) -> str | None:
 
 
 def _mask_problem(mask, corners, size, mask_format) -> str | None:
-    if mask is None or len(mask) == 0:
+    if mask is None or (hasattr(mask, "__len__") and len(mask) == 0):
         return "it has no mask (segmentation), and MODEL.MASK_ON is True"
+    problem = segmentation_problem(mask)
+    if problem:
+        return problem
+    x0, y0, x1, y1 = corners
     if isinstance(mask, list):
         if not all(len(p) >= 6 and len(p) % 2 == 0 and _all_finite(p) for p in mask):
             return "a polygon has an odd number of coordinates, less than 6, or not finite ones"
         x = [value for polygon in mask for value in polygon[0::2]]
         y = [value for polygon in mask for value in polygon[1::2]]
-        x0, y0, x1, y1 = corners
         if min(x) > x1 or max(x) < x0 or min(y) > y1 or max(y) < y0:
             return f"the mask is outside its box {corners} (x0, y0, x1, y1)"
         return None
@@ -126,6 +130,27 @@ def _mask_problem(mask, corners, size, mask_format) -> str | None:
     mask_size = tuple(mask["size"]) if isinstance(mask, dict) else mask.shape
     if None not in size and mask_size != size:
         return f"the mask has the size {mask_size}, the image {size} (height, width)"
+    if isinstance(mask, dict):
+        x, y, width, height = run_lengths.toBbox(mask)
+        if x >= x1 or x + width <= x0 or y >= y1 or y + height <= y0:
+            return f"the mask is empty or outside its box {corners} (x0, y0, x1, y1)"
+    return None
+
+
+def segmentation_problem(mask) -> str | None:
+    """What keeps a mask from being read: it is a list of polygons, run lengths as a dict, or an
+    array."""
+    if isinstance(mask, dict):
+        size, counts = mask.get("size"), mask.get("counts")
+        if not isinstance(counts, (str, bytes, list)):
+            return f"the mask's run lengths are {counts!r}"
+        if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(map(_is_integer, size)):
+            return f"the size of the mask is {size!r}, expected [height, width]"
+    elif isinstance(mask, list):
+        if not all(isinstance(polygon, (list, tuple, np.ndarray)) for polygon in mask):
+            return f"the mask is {mask!r:.50}, expected a list of polygons, a list each"
+    elif not isinstance(mask, np.ndarray):
+        return f"the mask is {mask!r}, expected polygons or run lengths"
     return None
 
 
