@@ -48,11 +48,19 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
+def garble_the_directory(path):
+    """The names of the parts, near the end of the file."""
+    content = bytearray(path.read_bytes())
+    start = content.index(b"PK\x01\x02") + 46
+    content[start : start + 8] = b"\xff" * 8
+    path.write_bytes(content)
+
+
 def remove(path):
     path.unlink()
 
 
-@pytest.mark.parametrize("break_file", [cut_off, empty, flip_a_bit, remove])
+@pytest.mark.parametrize("break_file", [cut_off, empty, flip_a_bit, garble_the_directory, remove])
 def test_falls_back_to_the_one_before(checkpointer, tmp_path, caplog, break_file):
     newest, before = (tmp_path / f"model_000000{i}.pth" for i in (5, 3))
     break_file(newest)

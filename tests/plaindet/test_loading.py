@@ -71,6 +71,11 @@ def text(path, attack):
     return path
 
 
+def text_that_unpickles_in_part(path, attack):
+    path.write_text("Repository unavailable")
+    return path
+
+
 def text_as_pickle(path, attack):
     return text(path.with_suffix(".pkl"), attack)
 
@@ -85,6 +90,7 @@ def text_as_pickle(path, attack):
         cut_off,
         compressed,
         text,
+        text_that_unpickles_in_part,
         text_as_pickle,
     ],
 )

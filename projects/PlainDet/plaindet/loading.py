@@ -54,7 +54,9 @@ def load_tensors(path: str):
         if zipfile.is_zipfile(path):  # the format since PyTorch 1.6
             _check_not_compressed(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a malformed pickle raises anything
         raise ValueError(
             f"{path} is refused: it is damaged, or holds more than tensors, numbers, texts, lists "
             f"and dicts ({error})"

@@ -12,7 +12,7 @@ import torch
 from detectron2.utils import comm
 
 from plaindet.files import write_atomically
-from plaindet.loading import SafeCheckpointer
+from plaindet.loading import SafeCheckpointer, load_tensors
 from plaindet.messages import some_of
 
 logger = logging.getLogger(__name__)
@@ -105,6 +105,9 @@ def find_damage(path: str) -> str | None:
     try:
         with zipfile.ZipFile(path) as file:
             member = file.testzip()
-    except (OSError, zipfile.BadZipFile) as error:
-        return str(error)
-    return None if member is None else f"wrong checksum of {member}"
+        if member is not None:
+            return f"wrong checksum of {member}"
+        load_tensors(path)
+    except Exception as error:  # a damaged directory at the end of the file raises anything
+        return f"{type(error).__name__}: {error}"
+    return None
