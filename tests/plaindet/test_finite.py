@@ -64,6 +64,15 @@ def test_stops_before_the_step(make_method_cfg, method, detector, write_metrics)
     assert not torch.isfinite(sum(losses.values()))
 
 
+def test_weights_that_were_not_finite_before(make_cfg):
+    """The batch is not to blame then."""
+    trainer = train_net.PlainTrainer(make_cfg(CONFIG))
+    with torch.no_grad():
+        trainer.plain_model.head.cls_score.bias[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="But weights are infinite or NaN, too: an earl"):
+        trainer.train()
+
+
 @pytest.mark.parametrize(
     ("config", "name"),
     [

@@ -29,6 +29,7 @@ class FiniteLosses(HookBase):
             model: that the trainer calls, with its wrapper.
             output_dir: for the replay file.
         """
+        self.model = model
         self.output_dir = output_dir
         self._host_result = None
         self._batch = self._losses = self._finite = self._copied = None
@@ -65,9 +66,15 @@ class FiniteLosses(HookBase):
         losses = {name: float(loss) for name, loss in self._losses.items()}
         files = [image.get("file_name") for image in self._batch]
         path = self._write_replay_file(iteration, losses)
+        weights = "The weights are still those before it"
+        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+            weights = (
+                "But weights are infinite or NaN, too: an earlier iteration, most likely the one "
+                "before, had such gradients of losses that were finite"
+            )
         raise FloatingPointError(
             f"A loss is infinite or NaN in iteration {iteration}: {losses}. The batch is of "
-            f"{files}; it is in {path}. The weights are still those before it"
+            f"{files}; it is in {path}. {weights}"
         )
 
     def _write_replay_file(self, iteration: int, losses: dict[str, float]) -> str:
