@@ -9,6 +9,9 @@ Exit codes: 0, done; 75, preempted by SIGTERM or SIGUSR1 with a checkpoint, go o
 
 from contextlib import nullcontext
 
+from plaindet import read_config  # first, since it says so where Detectron2 is missing
+
+# isort: split
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
@@ -19,7 +22,6 @@ from detectron2.utils.logger import setup_logger
 from crosskd import CrossKDDistiller, CrossKDTrainer, add_crosskd_config
 from labelenc import LabelEncDetector, LabelEncTrainer, add_labelenc_config
 from labelenc_crosskd import LabelEncCrossKDDetector, LabelEncCrossKDTrainer
-from plaindet import read_config
 from plaindet.engine import (
     PlainCheckpointer,
     PlainTrainer,

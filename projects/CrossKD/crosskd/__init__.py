@@ -1,5 +1,7 @@
 """CrossKD: cross-head knowledge distillation for object detectors."""
 
+import plaindet  # first, since it says so where Detectron2 is missing
+
 from .alignment import align_features
 from .config import add_crosskd_config
 from .deformable_detr import CrossKDDeformableDETR

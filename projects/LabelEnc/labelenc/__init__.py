@@ -1,5 +1,7 @@
 """LabelEnc: a label encoding function as auxiliary supervision of a detector's backbone."""
 
+import plaindet  # first, since it says so where Detectron2 is missing
+
 from .config import add_labelenc_config
 from .dataset_mapper import LabelMapDatasetMapper
 from .dense import (
