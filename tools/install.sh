@@ -5,8 +5,9 @@
 # Detectron2's authors do not publish it on the package index. A Detectron2 that is already
 # installed in the environment is kept. Otherwise the default is sal-detectron2 0.7.2 from the
 # index, a re-publication whose Python files equal the official commit a59f056 (2024-04-17). Its
-# wheel is tagged for CPython 3.10 but holds plain Python only (the C extension is optional and not
-# in it), so it is checked by its hash and installed under a tag that fits every Python 3.
+# wheel is tagged for CPython 3.10. Nothing here needs the compiled extension in it, which is for
+# that version and for one of PyTorch and CUDA, so the wheel is checked by its hash, installed
+# under a tag that fits every Python 3, and the extension is removed.
 # Choose another with
 #   DETECTRON2=<pip requirement or source folder>, such as
 #   DETECTRON2=git+https://github.com/facebookresearch/detectron2   (built from source)
@@ -47,6 +48,8 @@ if found != expected:
     sys.exit(f"The downloaded Detectron2 has sha256 {found}, expected {expected}: not installed")
 CHECK
     pip_install --no-deps "$wheel"
+    installed=$("$PYTHON" -c 'from importlib.util import find_spec as f; print(f("detectron2").origin)')
+    rm -f "$(dirname "$installed")"/_C.*.so
 fi
 
 pip_install --no-build-isolation -e ".[dev,detr]"
