@@ -76,6 +76,7 @@ def test_equals_naive_on_fractional_boxes():
         (100.0, 100.0, 120.0, 120.0),
         (-30.0, -30.0, -10.0, -10.0),
         (5.1, 5.1, 5.2, 5.2),
+        (0.0, 5.0, 1e-40, 20.0),
     ],
 )
 def test_degenerate_and_outside_boxes_draw_nothing(box):

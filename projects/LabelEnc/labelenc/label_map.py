@@ -160,7 +160,7 @@ def _ramps(start: torch.Tensor, stop: torch.Tensor, length: int) -> torch.Tensor
     centers = torch.arange(length) + 0.5
     middle, size = (start + stop) / 2, stop - start
     ramps = 1 - (centers - middle[:, None]).abs() / size[:, None]
-    return ramps * (ramps >= 0.5)
+    return torch.where(ramps >= 0.5, ramps, 0.0)  # not a product: a denormal size gives -inf
 
 
 def _window(start: float, stop: float, length: int) -> slice:

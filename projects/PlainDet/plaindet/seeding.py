@@ -11,8 +11,8 @@ import torch
 
 
 def seed_everything(*key: int) -> None:
-    """Seeds Python, NumPy and PyTorch on the CPU and on GPUs. Keys that differ give independent
-    numbers.
+    """Seeds Python, NumPy and PyTorch on the CPU and on GPUs. Keys of one length that differ give
+    independent numbers; zeros at the end of a key change nothing.
 
     Args:
         key: not negative.

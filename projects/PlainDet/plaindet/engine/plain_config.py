@@ -7,6 +7,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from torch import nn
 
 from plaindet.config import add_plaindet_config
+from plaindet.files import write_atomically
 from plaindet.modeling import TrainingOnlyModules, is_training_only
 
 FILE_NAME = "plain_config.yaml"
@@ -23,8 +24,8 @@ def write_plain_config(cfg: CfgNode, model: nn.Module) -> None:
     _copy_known_keys(cfg, plain)
     if isinstance(model, TrainingOnlyModules):
         plain.MODEL.META_ARCHITECTURE = model.plain_class().__name__
-    with open(os.path.join(cfg.OUTPUT_DIR, FILE_NAME), "w") as f:
-        f.write(plain.dump())
+    text = plain.dump().encode()
+    write_atomically(os.path.join(cfg.OUTPUT_DIR, FILE_NAME), lambda f: f.write(text))
 
 
 def _needs_plaindet(cfg: CfgNode, model: nn.Module) -> bool:
