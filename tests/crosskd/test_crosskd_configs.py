@@ -1,5 +1,6 @@
 """The configs of CrossKD for COCO: their numbers, and a training iteration of each."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,8 @@ SCHEDULE = {
     "retinanet_R_50_FPN_from_Swin_T": (ONE, "retinanet_Swin_T"),
     "atss_R_50_FPN_from_R_101": (ONE, "atss_R_101"),
     "fcos_R_50_FPN_from_R_101": (TWO, "fcos_R_101"),
-    "faster_rcnn_R_18_FPN_from_R_50": (ONE, "faster_rcnn_R_50"),
-    "mask_rcnn_R_18_FPN_from_R_50": (ONE, "mask_rcnn_R_50"),
+    "faster_rcnn_R_18_FPN_from_R_50": (ONE, "faster_rcnn_R_50_FPN_1x"),
+    "mask_rcnn_R_18_FPN_from_R_50": (ONE, "mask_rcnn_R_50_FPN_1x"),
 }
 # detector: position; kind and weight of the box loss; weights of classes and centerness
 LOSSES = {
@@ -99,8 +100,14 @@ def test_settings_of_the_official_code(read_cfg, name):
     cls_loss = "kl" if is_rcnn else "qfl"
     assert (crosskd.STRATEGY, crosskd.CLS_LOSS, crosskd.CLS_GAMMA) == ("a", cls_loss, 1)
     assert crosskd.CLS_TEMPERATURE == 1
-    assert crosskd.TEACHER.CONFIG_FILE == f"output/teachers/{teacher}.yaml"
-    assert crosskd.TEACHER.WEIGHTS == f"output/teachers/{teacher}.pth"
+    if is_rcnn:  # which is trained here
+        expected = FOLDER.parent / "PlainDet" / f"{teacher}.yaml"
+        assert os.path.samefile(crosskd.TEACHER.CONFIG_FILE, expected)
+        assert crosskd.TEACHER.WEIGHTS == f"output/{teacher}/model_final.pth"
+        assert read_cfg(f"PlainDet/{teacher}.yaml").OUTPUT_DIR == f"output/{teacher}"
+    else:
+        assert crosskd.TEACHER.CONFIG_FILE == f"output/teachers/{teacher}.yaml"
+        assert crosskd.TEACHER.WEIGHTS == f"output/teachers/{teacher}.pth"
     assert cfg.MODEL.MASK_ON == (detector == "mask")
     if detector == "fcos":
         assert (solver.WARMUP_METHOD, round(solver.WARMUP_FACTOR, 3)) == ("constant", 0.333)
