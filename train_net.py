@@ -28,6 +28,7 @@ from plaindet.engine import (
     check_num_classes,
     preemptible_processes,
 )
+from plaindet.modeling import CompleteCheckpointer
 
 # The keys of the methods.
 ADD_CONFIGS = (add_labelenc_config, add_crosskd_config)
@@ -61,9 +62,10 @@ def main(args):
     if args.eval_only:
         model = build_model(cfg)  # not the trainer's, which may need a teacher
         check_num_classes(model, cfg.DATASETS.TEST)
-        PlainCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
-            cfg.MODEL.WEIGHTS, resume=args.resume
-        )
+        checkpointer = PlainCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        resume = args.resume and checkpointer.has_checkpoint()
+        weights = checkpointer.get_checkpoint_file() if resume else cfg.MODEL.WEIGHTS
+        CompleteCheckpointer(model).load(weights)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)

@@ -88,6 +88,16 @@ def test_evaluation_needs_no_training_data(tiny_data, tmp_path):
     assert "AP" in results["bbox"]
 
 
+def test_evaluation_of_a_part_of_the_detector(tiny_data, tmp_path):
+    """The rest would have random weights."""
+    torch.save(
+        {"model": {"backbone.fpn_lateral3.norm.bias": torch.ones(64)}}, tmp_path / "part.pth"
+    )
+    weights = ("MODEL.WEIGHTS", str(tmp_path / "part.pth"))
+    with pytest.raises(ValueError, match="part.pth does not fit this RetinaNet: it lacks backbone"):
+        run("retinanet_R_18_baseline.yaml", tiny_data, tmp_path, "--eval-only", *weights)
+
+
 def test_import_changes_nothing():
     """Importing the packages registers their parts and leaves Detectron2's defaults alone; the
     config functions may be called in any order and twice."""

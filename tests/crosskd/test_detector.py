@@ -206,7 +206,7 @@ def test_resuming(make_trainer):
     assert trainer.iter == 3
 
 
-@pytest.mark.parametrize("strategy", ["a", "d"])
+@pytest.mark.parametrize("strategy", ["a", "b", "c", "d"])
 def test_heads_of_another_width(make_trainer, strategy):
     """A learned projection takes the features to the other head, for training only."""
     trainer = make_trainer(
@@ -221,15 +221,6 @@ def test_heads_of_another_width(make_trainer, strategy):
     after = trainer.model.training_only.state_dict()
     assert not any(torch.equal(value, after[key]) for key, value in before.items())
     assert not any("projection" in key for key in trainer.model.state_dict())
-
-
-def test_width_that_cannot_be_bridged(make_trainer):
-    with pytest.raises(ValueError, match=r"widths \[64, 96\] .* strategy 'b' a projection"):
-        make_trainer(
-            "retinanet",
-            *("MODEL.CROSSKD.STRATEGY", "b"),
-            teacher=("MODEL.FPN.OUT_CHANNELS", 96),
-        )
 
 
 ANCHORS = "MODEL.ANCHOR_GENERATOR.SIZES"
@@ -299,6 +290,14 @@ def test_weights_of_a_part_of_the_teacher(make_trainer):
         make_trainer("retinanet", "MODEL.CROSSKD.TEACHER.OPTS", options)
 
 
+def test_weights_of_more_than_the_teacher(make_trainer):
+    """All of the config's parameters are there, but the file is of a deeper head."""
+    options = str(["MODEL.RETINANET.NUM_CLASSES", 3, "MODEL.RETINANET.NUM_CONVS", 1])
+    message = r"retinanet_teacher.pth does not .* more layers, head.cls_subnet.3.weight"
+    with pytest.raises(ValueError, match=message):
+        make_trainer("retinanet", "MODEL.CROSSKD.TEACHER.OPTS", options)
+
+
 def test_teacher_of_an_unknown_data_set(make_trainer, caplog):
     """A teacher from elsewhere: its classes are counted, but their names are not known."""
     make_trainer("retinanet", teacher=["DATASETS.TRAIN", ("elsewhere_train",)])
@@ -319,6 +318,8 @@ def test_teacher_of_an_unknown_data_set(make_trainer, caplog):
         ("fcos", "BOX_LOSS", "kl", r"'giou', 'iou', 'l1'\]"),
         ("retinanet", "CENTERNESS_WEIGHT", 1.0, r"\[0\]"),
         ("gfl", "CENTERNESS_WEIGHT", 1.0, r"\[0\]"),
+        ("gfl", "CLS_TEMPERATURE", 2.0, r"\[1\]"),
+        ("gfl", "QUERIES", "student", r"\['teacher'\]"),
     ],
 )
 def test_options(make_cfg, detector, key, value, expected):

@@ -91,13 +91,15 @@ def _check_file(path: str, key: str) -> None:
 
 
 class CompleteCheckpointer(SafeCheckpointer):
-    """A checkpointer which does not accept that a file has only a part of the model."""
+    """A checkpointer which does not accept that a file has only a part of the model, or more layers
+    of a sequence than the model; other networks in the file, as a mask head, are left out."""
 
     def load(self, path: str, *args, **kwargs) -> dict:
         """As Detectron2's, of a file.
 
         Raises:
-            ValueError: names the file, and the parameters that it lacks or has in another shape.
+            ValueError: names the file, and the parameters that it lacks, has in another shape, or
+                has of more layers.
         """
         self._file = path
         return super().load(path, *args, **kwargs)
@@ -119,4 +121,20 @@ class CompleteCheckpointer(SafeCheckpointer):
                 f"{self._file} does not fit this {name}: it lacks "
                 f"{some_of(incompatible.missing_keys)}"
             )
+        keys = incompatible.unexpected_keys
+        more_layers = [key for key in keys if _is_of_another_layer(self.model, key)]
+        if more_layers:
+            raise ValueError(
+                f"{self._file} does not fit this {name}: it has more layers, {some_of(more_layers)}"
+            )
         return incompatible
+
+
+def _is_of_another_layer(model: nn.Module, key: str) -> bool:
+    """Whether a key that a model does not have is of a layer of one of its sequences."""
+    module = model
+    for name in key.split("."):
+        if name not in module._modules:
+            return isinstance(module, (nn.Sequential, nn.ModuleList))
+        module = module._modules[name]
+    return False
