@@ -27,12 +27,14 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        "DeformableDETR needs the optional extra [detr] of this project, transformers 5 and scipy: "
-        f"pip install -e '.[detr]' ({error})"
+        "DeformableDETR needs the optional extra [detr] of this project, transformers from 5.9 to "
+        f"below 6, and scipy: pip install -e '.[detr]' ({error})"
     ) from error
-if not __version__.startswith("5."):
+# Before 5.9 its position embeddings have other shapes.
+if not (5, 9) <= tuple(map(int, __version__.split(".")[:2])) < (6,):
     raise ImportError(
-        f"DeformableDETR needs transformers 5, found {__version__}: pip install -e '.[detr]'"
+        f"DeformableDETR needs transformers from 5.9 to below 6, found {__version__}: "
+        "pip install -e '.[detr]'"
     )
 
 FOCAL_ALPHA = 0.25  # the library's matcher has the same
