@@ -38,6 +38,7 @@ PLAIN = {
     "gfl_R_101_FPN_2x_ms": (DENSE, R101),
     "atss_R_50_FPN_1x": (DENSE, R50),
     "atss_R_101_FPN_1x": (DENSE, R101),
+    "atss_R_101_FPN_2x_ms": (DENSE, R101),
     "faster_rcnn_R_18_FPN_1x": (TWO_STAGE, R18),
     "faster_rcnn_R_50_FPN_1x": (TWO_STAGE, R50),
     "faster_rcnn_R_101_FPN_1x": (TWO_STAGE, R101),

@@ -259,6 +259,10 @@ def test_transformers_of_another_width(make_trainer, queries):
             ["MODEL.DEFORMABLE_DETR.NUM_DECODER_LAYERS", 2],
             "decoder layers is 2, the student's is 3",
         ),
+        (
+            ["MODEL.DEFORMABLE_DETR.TWO_STAGE", True],
+            "TWO_STAGE is True, the student's is False",
+        ),
         (["MODEL.META_ARCHITECTURE", "CrossKDDeformableDETR"], "meta-architecture is CrossKD"),
     ],
 )

@@ -137,6 +137,14 @@ def test_align_a_single_position():
     assert torch.isfinite(features.grad).all()
 
 
+def test_align_nothing():
+    """As the features of the regions of a batch without any."""
+    features = torch.randn(0, 4, 7, 7, requires_grad=True)
+    aligned = align_features(features, torch.randn(0, 4, 7, 7))
+    assert aligned.shape == (0, 4, 7, 7)
+    aligned.sum().backward()
+
+
 def test_half_precision_inputs():
     half = torch.randn(2, 3, 4, 5).half()
     for loss in (

@@ -292,6 +292,8 @@ def test_teacher_that_does_not_fit(make_trainer, teacher, message):
         ("CROSSKD.CLS_REGION", "positive", "is 'positive', expected one of .*'all'"),
         ("CROSSKD.CENTERNESS_WEIGHT", 1.0, "is 1.0, expected one of .*0"),
         ("CROSSKD.FEATURE_WEIGHT", 1.0, "is 1.0, expected one of .*0"),
+        ("CROSSKD.BOX_TEMPERATURE", 2.0, "is 2.0, expected one of .*1"),
+        ("CROSSKD.QUERIES", "student", "is 'student', expected one of .*'teacher'"),
         ("ROI_HEADS.NAME", "Res5ROIHeads", "is 'Res5ROIHeads', expected one of .*Standard"),
         ("ROI_BOX_HEAD.USE_SIGMOID_CE", True, "is True, expected one of .*False"),
         ("ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", True, "is True, expected one of .*False"),

@@ -111,8 +111,14 @@ class CrossKDDeformableDETR(CrossKDDistiller, DeformableDETR):
             }
         )
         if self.queries == "student":
-            stages = [x.transformer.num_stages for x in both]
-            check_equal({"number of decoder layers": stages})
+            transformers = [x.transformer for x in both]
+            check_equal(
+                {
+                    "number of decoder layers": [x.num_stages for x in transformers],
+                    "BOX_REFINEMENT": [x.box_refinement for x in transformers],
+                    "TWO_STAGE": [x.two_stage for x in transformers],
+                }
+            )
 
     def training_losses(
         self, batched_inputs: list[dict], images: ImageList, features: dict[str, torch.Tensor]

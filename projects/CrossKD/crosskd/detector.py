@@ -97,6 +97,9 @@ class CrossKDDetector(CrossKDDistiller):
     def from_config(cls, cfg):
         crosskd = cfg.MODEL.CROSSKD
         check_option("CROSSKD.CLS_LOSS", crosskd.CLS_LOSS, ("qfl", "bce"))
+        # What other detectors have.
+        check_option("CROSSKD.CLS_TEMPERATURE", crosskd.CLS_TEMPERATURE, (1,))
+        check_option("CROSSKD.QUERIES", crosskd.QUERIES, ("teacher",))
         return {
             **super().from_config(cfg),
             "position": crosskd.POSITION,
@@ -116,20 +119,14 @@ class CrossKDDetector(CrossKDDistiller):
         projection adapts features that change the head; so this comes before an optimizer is built.
 
         Raises:
-            ValueError: its meta-architecture, classes, levels or anchors are not the student's,
-                its head has no such position, or another width where that cannot be bridged.
+            ValueError: its meta-architecture, classes, levels or anchors are not the student's, or
+                its head has no such position.
         """
         super().set_teacher(teacher)
         widths = [width_at(x.head, self.position) for x in (self, teacher.model)]
         if widths[0] == widths[1] or self.strategy == "mimicking":
             return
-        if self.strategy not in ("a", "d"):
-            raise ValueError(
-                f"The heads have the widths {widths} (student, teacher), and in strategy "
-                f"{self.strategy!r} a projection between them would learn nothing, because the "
-                "cross-head predictions are the target"
-            )
-        source, target = widths if self.strategy == "a" else widths[::-1]
+        source, target = widths if self.strategy in ("a", "c") else widths[::-1]
         for name in SubnetFeatures._fields:
             # No bias, since the alignment behind it removes the mean.
             projection = nn.Conv2d(source, target, kernel_size=1, bias=False)

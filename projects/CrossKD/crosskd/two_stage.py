@@ -82,10 +82,12 @@ class CrossKDGeneralizedRCNN(CrossKDDistiller, GeneralizedRCNN):
     @classmethod
     def from_config(cls, cfg):
         crosskd = cfg.MODEL.CROSSKD
-        # What the dense detectors alone have.
+        # What other detectors have.
         check_option("CROSSKD.CLS_REGION", crosskd.CLS_REGION, ("all",))
         check_option("CROSSKD.CENTERNESS_WEIGHT", crosskd.CENTERNESS_WEIGHT, (0,))
         check_option("CROSSKD.FEATURE_WEIGHT", crosskd.FEATURE_WEIGHT, (0,))
+        check_option("CROSSKD.BOX_TEMPERATURE", crosskd.BOX_TEMPERATURE, (1,))
+        check_option("CROSSKD.QUERIES", crosskd.QUERIES, ("teacher",))
         return {
             **super().from_config(cfg),
             "position": crosskd.POSITION,
