@@ -200,6 +200,19 @@ def test_step2_phases(step2_cfg, step1):
     assert "label_map" not in trainer.mapper(dataset_dict)
 
 
+def test_step2_cut_off_with_a_mapper_of_somebody_else(step2_cfg):
+    class Trainer(LabelEncTrainer):
+        @classmethod
+        def build_train_mapper(cls, cfg):
+            mapper = super().build_train_mapper(cfg)
+            return lambda dataset_dict: mapper(dataset_dict)
+
+    trainer = Trainer(step2_cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert trainer.iter == 4
+
+
 def test_step2_cut_off_reaches_forked_workers(step2_cfg):
     step2_cfg.DATALOADER.NUM_WORKERS = 1
     trainer = LabelEncTrainer(step2_cfg)

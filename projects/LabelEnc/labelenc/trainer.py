@@ -86,7 +86,9 @@ class LabelEncTrainer(PlainTrainer):
                 f"The distance loss is never switched on: MODEL.LABELENC.{key} {labelenc[key]}, "
                 f"expected less than SOLVER.MAX_ITER {self.max_iter}"
             )
-        mapper = self.mapper if model.step == 2 and model.label_encoder is not None else None
+        # Not of a mapper of somebody else, which goes on drawing label maps.
+        is_labelenc = isinstance(self.mapper, LabelMapDatasetMapper)
+        mapper = self.mapper if model.step == 2 and is_labelenc else None
         return [DistancePhase(model, start, stop, mapper), *super().build_hooks()]
 
     def resume_or_load(self, resume: bool = True) -> None:
