@@ -199,7 +199,7 @@ def test_visualize_features_of_chosen_images(runs, call):
 
     file = DatasetCatalog.get("tiny_val")[0]["file_name"]
     ((row,),) = call("visualize_features", "--images", file, *arguments)
-    assert [title for title, _ in row] == ["image", "baseline, p3", "ours, p3"]
+    assert [title for title, _ in row] == ["image", "baseline, p4", "ours, p4"]
     assert (row[1][1] == by_id[0][2][1]).all()
     assert (runs / "sheets" / "0_1.png").exists()
 
@@ -236,6 +236,17 @@ def test_ground_truth_with_masks_that_are_no_polygons():
     )
     assert title == "ground truth"
     assert picture.shape[1] == 480
+
+
+@pytest.mark.parametrize("tool", ["visualize_features", "visualize_label_maps"])
+def test_pictures_without_a_test_set(runs, call, tool):
+    """As a step 1 of the reconstruction alone has none."""
+    arguments = feature_arguments(runs)
+    if tool == "visualize_label_maps":
+        arguments = [*arguments[:2], *arguments[-2:]]
+    with pytest.raises(ValueError, match=r"TEST of .*step2.yaml is empty: expected --dataset NAME"):
+        call(tool, *arguments, "DATASETS.TEST", "()")
+    assert call(tool, "--dataset", "tiny_val", *arguments, "DATASETS.TEST", "()")
 
 
 def test_visualize_features_errors(runs, call, capsys):

@@ -78,6 +78,18 @@ def check_file(path: str) -> None:
         raise FileNotFoundError(f"{path} does not exist")
 
 
+def choose_dataset(args, cfg: CfgNode) -> str:
+    """The name of the data set to draw.
+
+    Raises:
+        ValueError: there is none.
+    """
+    datasets = [args.dataset] if args.dataset else cfg.DATASETS.TEST
+    if not datasets:
+        raise ValueError(f"DATASETS.TEST of {args.config_file} is empty: expected --dataset NAME")
+    return datasets[0]
+
+
 def choose_images(args, cfg: CfgNode) -> list[dict]:
     """The dataset dicts of the images to draw.
 
@@ -87,7 +99,7 @@ def choose_images(args, cfg: CfgNode) -> list[dict]:
     by_number = len(args.images) == 1 and args.images[0].isdigit()
     if not args.image_ids and not by_number:
         return [{"file_name": file} for file in args.images]
-    dataset = args.dataset or cfg.DATASETS.TEST[0]
+    dataset = choose_dataset(args, cfg)
     dataset_dicts = DatasetCatalog.get(dataset)
     if args.image_ids:
         chosen = {str(d["image_id"]): d for d in dataset_dicts}

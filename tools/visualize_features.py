@@ -3,7 +3,7 @@
 
     python tools/visualize_features.py --config-file configs/... \
         --weights baseline=output/a/model_final.pth ours=output/b/model_final.pth \
-        [--label-encoder output/step1/label_encoder.pth] [--level p3 p4] \
+        [--label-encoder output/step1/label_encoder.pth] [--level p4 ...] \
         [--dataset NAME] [--images N | --images FILE ... | --image-ids ID ...] \
         --output folder [KEY VALUE ...]
 
@@ -42,7 +42,7 @@ def parse_args():
         help="label_encoder.pth of step 1, or a checkpoint of LabelEnc; default: that of the first "
         "checkpoint that has one",
     )
-    parser.add_argument("--level", nargs="+", default=["p3"])
+    parser.add_argument("--level", nargs="+", help="default: the second one, as in the paper")
     parser.add_argument("--output", required=True, help="folder of the sheets")
     return parser.parse_args()
 
@@ -99,6 +99,7 @@ def main():
             label_encoder = load_label_encoder(detector_cfg, rest, weights)
             encoder_mapper = detectors[-1][2]
 
+    args.level = args.level or list(detectors[0][1].backbone.output_shape())[1:2]
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     for number, dataset_dict in enumerate(dataset_dicts):

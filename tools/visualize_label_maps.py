@@ -23,7 +23,7 @@ from labelenc.pictures import label_map_picture, picture_mapper
 from plaindet.engine.checks import thing_classes
 from plaindet.pictures import ground_truth_picture, save_sheet
 
-from detectors import read_cfg
+from detectors import choose_dataset, read_cfg
 
 PANELS_IN_A_ROW = 4
 
@@ -57,7 +57,7 @@ def main():
     args = parse_args()
     cfg = read_cfg(args.config_file, args.opts)
     seed_all_rng(cfg.SEED if cfg.SEED >= 0 else None)
-    dataset = args.dataset or cfg.DATASETS.TEST[0]
+    dataset = choose_dataset(args, cfg)
     annotated = [d for d in DatasetCatalog.get(dataset) if d.get("annotations")]
     mapper = picture_mapper(cfg, args.augment)
     output = Path(args.output)
