@@ -347,9 +347,14 @@ _ROUNDED_ANCHORS = (
     "The official anchors of ratios 0.5 and 2 are scaled from sides that are rounded to pixels, so "
     "that sides and Detectron2's differ by up to 6 %."
 )
-# What config keys cannot make equal.
+_PIXEL_MEAN = (
+    "The official images have the mean 102.9801, 115.9465, 122.7717 (MODEL.PIXEL_MEAN), those of "
+    "Detectron2's ResNets 103.53, 116.28, 123.675; it belongs to the weights of the backbone."
+)
+# What the written config does not make equal.
 DIFFERENCES = {
     RETINANET: [
+        _PIXEL_MEAN,
         _ROUNDED_ANCHORS,
         "The official box loss is divided by 4 times the positive anchors of a batch, the "
         "classification loss by their number plus the number of images; Detectron2 divides both by "
@@ -357,11 +362,13 @@ DIFFERENCES = {
         _RESIZING,
     ],
     FCOS: [
+        _PIXEL_MEAN,
         "The official distances to the right and the bottom side end at the last pixel inside the "
         "box: they are one pixel shorter.",
         _RESIZING,
     ],
     FASTER_RCNN: [
+        _PIXEL_MEAN,
         _ROUNDED_ANCHORS,
         "The official code trains on the best 2000 proposals of a process's batch, Detectron2 on "
         "the best 1000 of each image.",
