@@ -80,7 +80,8 @@ def make_method_cfg(make_cfg, tmp_path):
             path = tmp_path / f"{detector}_teacher.pth"
             teacher = build_model(make_cfg(f"quick/{detector}_R_34_teacher.yaml"))
             torch.save({"model": teacher.state_dict()}, path)
-            num_classes = f"MODEL.{detector.upper()}.NUM_CLASSES"
+            head = "ROI_HEADS" if detector.endswith("rcnn") else detector.upper()
+            num_classes = f"MODEL.{head}.NUM_CLASSES"
             cfg.MODEL.CROSSKD.TEACHER.WEIGHTS = str(path)
             cfg.MODEL.CROSSKD.TEACHER.OPTS = [
                 *(num_classes, len(CLASSES)),

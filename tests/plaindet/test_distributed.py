@@ -20,20 +20,27 @@ from plaindet.seeding import seed_everything
 ALL = None
 STRATEGY = "MODEL.CROSSKD.STRATEGY"
 DENSE = ("fcos", "gfl", "atss")
+DISTANCE = {"loss_distance"}
+KD = {"loss_kd_cls", "loss_kd_box"}
+RPN = {"loss_rpn_cls", "loss_rpn_loc"}
+# All anchors and proposals, and not a random sample.
+NO_SAMPLING = ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000")
+NO_SAMPLING += ("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "100000")
 # (method, detector, phase: L3 switched on, losses that follow, more of the config)
 CASES = [
     *(("labelenc_step1", d, on, ALL, ()) for d in DENSE for on in (False, True)),
     *(("labelenc_step2", d, on, ALL, ()) for d in DENSE for on in (True, False)),
-    ("labelenc_step1", "retinanet", True, {"loss_distance"}, ()),
-    (
-        "labelenc_step1",
-        "faster_rcnn",
-        True,
-        {"loss_rpn_cls", "loss_rpn_loc", "loss_distance"},
-        ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000"),  # all anchors, and not a random sample
+    *((f"labelenc_step{step}", "retinanet", True, DISTANCE, ()) for step in (1, 2)),
+    ("labelenc_step1", "faster_rcnn", False, RPN, NO_SAMPLING),
+    *(
+        (f"labelenc_step{step}", d, True, {*RPN, *DISTANCE}, NO_SAMPLING)
+        for step in (1, 2)
+        for d in ("faster_rcnn", "mask_rcnn")
     ),
     *(("crosskd", d, None, ALL, (STRATEGY, "mimicking")) for d in DENSE),
-    ("crosskd", "retinanet", None, {"loss_kd_cls", "loss_kd_box"}, (STRATEGY, "mimicking")),
+    ("crosskd", "retinanet", None, KD, (STRATEGY, "mimicking")),
+    ("crosskd", "faster_rcnn", None, {*RPN, *KD}, (STRATEGY, "mimicking", *NO_SAMPLING)),
+    ("crosskd", "deformable_detr", None, ALL, ()),
     ("crosskd", "gfl", None, {"loss_cls", "loss_dfl", "loss_box_reg"}, (STRATEGY, "a")),
     ("labelenc_crosskd", "gfl", True, ALL, (STRATEGY, "mimicking")),
 ]
@@ -123,6 +130,6 @@ def test_retinanets_own_losses(both_results):
     """What is left out above, and why."""
     (case,) = (i for i, x in enumerate(CASES) if x[:2] == ("crosskd", "retinanet"))
     losses, expected = (x[case][0] for x in both_results)
-    assert set(expected) - {"loss_kd_cls", "loss_kd_box"} == {"loss_cls", "loss_box_reg"}
+    assert set(expected) - KD == {"loss_cls", "loss_box_reg"}
     # The normalisers start at 100 for two images as for four, and move by a tenth.
     assert (losses["loss_cls"] / expected["loss_cls"]).item() == pytest.approx(0.5, rel=0.05)

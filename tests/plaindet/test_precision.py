@@ -15,6 +15,8 @@ from plaindet.seeding import seed_everything
         *(("labelenc_step1", d) for d in ("retinanet", "fcos", "gfl", "atss", "faster_rcnn")),
         *(("labelenc_step2", d) for d in ("retinanet", "mask_rcnn")),
         *(("crosskd", d) for d in ("retinanet", "fcos", "gfl", "atss")),
+        *(("crosskd", d) for d in ("faster_rcnn", "deformable_detr")),
+        ("labelenc_crosskd", "gfl"),
     ],
 )
 def test_bfloat16_losses_are_float32s(make_method_cfg, method, detector):
