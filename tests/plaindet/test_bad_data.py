@@ -239,19 +239,18 @@ CASES = {
         FIRST + r"the mask has the size \(60, 80\), the image \(64, 80\)",
         *BITMASKS,
     ),
+    "ids of two types": (
+        edit(lambda content: content["images"][2].update(id="three")),
+        r"Cannot read the data of .*train\.json: TypeError: '<' not supported",
+    ),
     "compressed run lengths without size": (
         annotation(segmentation={"counts": "PPYo1"}),
         FIRST + "the size of the mask is None",
         *BITMASKS,
     ),
-    "empty mask": (
-        annotation(segmentation={"size": [64, 80], "counts": [5120]}),
-        FIRST + "the mask is empty or outside its box",
-        *BITMASKS,
-    ),
     "run lengths elsewhere": (
         annotation(bbox=[0, 0, 5, 5], segmentation={"size": [64, 80], "counts": [4000, 60, 1060]}),
-        FIRST + "the mask is empty or outside its box",
+        FIRST + "the mask is outside its box",
         *BITMASKS,
     ),
     # Images
@@ -276,6 +275,17 @@ CASES = {
     "polygon of 2 points": (annotation(segmentation=[[1, 2, 3, 4]]), HANDLED, *MASKS),
     "odd polygon": (annotation(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), HANDLED, *MASKS),
     "annotation of no image": (annotation(image_id=99), HANDLED),
+    "empty mask": (
+        annotation(segmentation={"size": [64, 80], "counts": [5120]}),
+        HANDLED,
+        *BITMASKS,
+    ),
+    "mask of a box of width 0": (
+        annotation(bbox=[10, 10, 0, 4], segmentation={"size": [64, 80], "counts": [650, 4, 4466]}),
+        HANDLED,
+        *BITMASKS,
+    ),
+    "image twice": (edit(lambda content: content["images"].append(content["images"][0])), HANDLED),
     # clipped
     "box partly outside": (annotation(bbox=[70, 50, 30, 30]), HANDLED),
     "huge box": (annotation(bbox=[-1e30, -1e30, 2e30, 2e30]), HANDLED),
@@ -374,6 +384,16 @@ def test_records_without_annotations(tiny_data):
     del record["annotations"]
     with pytest.raises(ValueError, match=r"1\.png: no annotations, expected a list"):
         check_records([record])
+
+
+def test_run_lengths_of_a_registered_list(tiny_data):
+    """Detectron2 compresses those of json files alone."""
+    (record, *_) = DatasetCatalog.get("tiny_train")
+    record["annotations"][0]["segmentation"] = rle(64, 80)
+    with pytest.raises(
+        ValueError, match=r"1\.png, annotation 1: the mask's run lengths are a list"
+    ):
+        check_records([record], mask_format="bitmask")
 
 
 def test_each_folder_is_listed_once(tiny_data, monkeypatch):

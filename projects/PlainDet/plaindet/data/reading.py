@@ -30,7 +30,12 @@ def explained_errors(dataset_names: Sequence[str]) -> Iterator[None]:
             explanation = _explanation(name)
             if explanation:
                 raise ValueError(f"Cannot read the data set {name}: {explanation}") from error
-        raise
+        if isinstance(error, (ValueError, AssertionError, RuntimeError)):
+            raise
+        files = [MetadataCatalog.get(name).get("json_file", name) for name in dataset_names]
+        raise ValueError(
+            f"Cannot read the data of {', '.join(files)}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _explanation(name: str) -> str | None:
@@ -99,7 +104,7 @@ def coco_problems(content) -> Iterator[str]:
             yield f"{place}: category_id {annotation['category_id']} is not among the categories"
         if annotation.get("bbox") == []:
             yield f"{place}: the box is empty"
-        if "bbox" in annotation and not hasattr(annotation["bbox"], "__len__"):
+        if not isinstance(annotation.get("bbox", []), list):
             yield f"{place}: the box is {annotation['bbox']!r}, expected 4 numbers"
         if annotation.get("ignore", 0) != 0:
             yield f"{place}: 'ignore' is not supported"
@@ -113,14 +118,13 @@ def coco_problems(content) -> Iterator[str]:
 
 
 def repeated_image_ids(images: list[dict]) -> Iterator[str]:
-    """Of images with one id only the last one is read, with the annotations of all."""
+    """Of different images with one id only the last one is read, with the annotations of all."""
     files = {}
-    for image in images:
-        if _has_id(image) and image["id"] in files:
-            names = f"{files[image['id']]} and {image.get('file_name')}"
-            yield f"images {names} have the same id {image['id']}"
-        if _has_id(image):
-            files[image["id"]] = image.get("file_name")
+    for image in filter(_has_id, images):
+        name = image.get("file_name")
+        other = files.setdefault(image["id"], name)
+        if other != name:
+            yield f"images {other} and {name} have the same id {image['id']}"
 
 
 def _has_id(entry: dict) -> bool:

@@ -21,9 +21,9 @@ def check_records(
 ) -> None:
     """Checks the images and annotations of a data set; COCO's take seconds.
 
-    What Detectron2 handles is allowed: crowd annotations and boxes without an area inside their
-    image, which it leaves out (a warning counts these boxes), boxes that are partly outside, which
-    it clips, and images without annotations.
+    What Detectron2 handles is allowed: crowd annotations, boxes without an area inside their image
+    and empty masks, which it leaves out (a warning counts these boxes), boxes that are partly
+    outside, which it clips, and images without annotations.
 
     Args:
         records: in Detectron2's format.
@@ -105,7 +105,7 @@ def _problem(annotation, size, num_classes, mask_format) -> str | None:
         return f"category_id is {category!r}, expected an integer from 0"
     if num_classes is not None and category >= num_classes:
         return f"category_id is {category}, but there are {num_classes} classes, from 0"
-    if mask_format is not None:
+    if mask_format is not None and _has_area(annotation, size):
         return _mask_problem(annotation.get("segmentation"), _corners(box, mode), size, mask_format)
     return None
 
@@ -131,9 +131,12 @@ def _mask_problem(mask, corners, size, mask_format) -> str | None:
     if None not in size and mask_size != size:
         return f"the mask has the size {mask_size}, the image {size} (height, width)"
     if isinstance(mask, dict):
+        if isinstance(mask["counts"], list):
+            return "the mask's run lengths are a list: compress them with pycocotools' frPyObjects"
         x, y, width, height = run_lengths.toBbox(mask)
-        if x >= x1 or x + width <= x0 or y >= y1 or y + height <= y0:
-            return f"the mask is empty or outside its box {corners} (x0, y0, x1, y1)"
+        is_outside = x > x1 + 1 or x + width < x0 - 1 or y > y1 + 1 or y + height < y0 - 1
+        if is_outside and width > 0:  # an empty one is left out, as a box without an area
+            return f"the mask is outside its box {corners} (x0, y0, x1, y1)"
     return None
 
 
