@@ -65,6 +65,8 @@ def main(args):
         checkpointer = PlainCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
         resume = args.resume and checkpointer.has_checkpoint()
         weights = checkpointer.get_checkpoint_file() if resume else cfg.MODEL.WEIGHTS
+        if not weights:
+            raise ValueError("MODEL.WEIGHTS is empty, expected the checkpoint to evaluate")
         CompleteCheckpointer(model).load(weights)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():

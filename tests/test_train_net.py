@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.engine import default_argument_parser
+from detectron2.modeling import build_model
 
 import train_net
 
@@ -52,7 +53,8 @@ def test_both_steps_and_evaluation(tiny_data, tmp_path):
         detections.append(json.loads(path.read_text()))
     assert detections[0] == detections[1] != []
     # Other weights detect something else.
-    run(config, tiny_data, tmp_path / "random", "--eval-only", *options[2:])
+    weights = ("MODEL.WEIGHTS", str(step1 / "model_final.pth"))
+    run(config, tiny_data, tmp_path / "random", "--eval-only", *weights, *options[2:])
     path = tmp_path / "random" / "inference" / "coco_instances_results.json"
     assert json.loads(path.read_text()) != detections[0]
 
@@ -76,14 +78,17 @@ def test_num_classes_in_evaluation(tiny_data, tmp_path):
         )
 
 
-def test_evaluation_needs_no_training_data(tiny_data, tmp_path):
+def test_evaluation_needs_no_training_data(tiny_data, make_cfg, tmp_path):
     train, val = tiny_data
+    model = build_model(make_cfg("quick/retinanet_R_18_baseline.yaml"))
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
     datasets = [["absent_train", str(tmp_path / "absent.json"), str(tmp_path / "absent")], val]
     results = run(
         "retinanet_R_18_baseline.yaml",
         [list(dataset) for dataset in datasets],
         tmp_path / "output",
         *("--eval-only", "DATASETS.TRAIN", "('absent_train',)"),
+        *("MODEL.WEIGHTS", str(tmp_path / "model.pth")),
     )
     assert "AP" in results["bbox"]
 
@@ -96,6 +101,8 @@ def test_evaluation_of_a_part_of_the_detector(tiny_data, tmp_path):
     weights = ("MODEL.WEIGHTS", str(tmp_path / "part.pth"))
     with pytest.raises(ValueError, match="part.pth does not fit this RetinaNet: it lacks backbone"):
         run("retinanet_R_18_baseline.yaml", tiny_data, tmp_path, "--eval-only", *weights)
+    with pytest.raises(ValueError, match="MODEL.WEIGHTS is empty, expected the checkpoint to eval"):
+        run("retinanet_R_18_baseline.yaml", tiny_data, tmp_path, "--eval-only")
 
 
 def test_import_changes_nothing():
