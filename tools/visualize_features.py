@@ -99,7 +99,7 @@ def main():
             label_encoder = load_label_encoder(detector_cfg, rest, weights)
             encoder_mapper = detectors[-1][2]
 
-    args.level = args.level or list(detectors[0][1].backbone.output_shape())[1:2]
+    args.level = args.level or list(detectors[0][1].backbone.output_shape())[:2][-1:]
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     for number, dataset_dict in enumerate(dataset_dicts):

@@ -135,7 +135,8 @@ def test_refuses_a_head_of_other_shapes(make_cfg, tmp_path):
 
 
 def test_encoder_alone_fits_another_head(make_cfg, step1_file):
-    model = build_model(make_cfg(STEP2, "MODEL.RETINANET.NUM_CONVS", "3"))
+    other = ("MODEL.RETINANET.NUM_CONVS", "3", "MODEL.ANCHOR_GENERATOR.SIZES", "[[16, 24, 28]]")
+    model = build_model(make_cfg(STEP2, *other))
     inherit_step1_file(model, step1_file, with_detector=False)
     saved = torch.load(step1_file, weights_only=True)["label_encoder"]
     assert all(torch.equal(v, saved[k]) for k, v in model.label_encoder.state_dict().items())

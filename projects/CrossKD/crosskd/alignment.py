@@ -19,8 +19,7 @@ def channel_statistics(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     """
     elements = features.numel() // features.shape[1]
     dims = [dim for dim in range(features.dim()) if dim != 1]
-    correction = 1 if elements > 1 else 0
-    return torch.std_mean(features.float(), dim=dims, correction=correction)
+    return torch.std_mean(features.float(), dim=dims, correction=min(1, elements - 1))
 
 
 def align_features(features: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -33,6 +32,8 @@ def align_features(features: torch.Tensor, reference: torch.Tensor) -> torch.Ten
     Returns:
         of the shape of `features`, float32
     """
+    if features.numel() == 0:  # no region in the batch
+        return features.float()
     deviation, mean = channel_statistics(reference)
     return standardize(features, deviation, mean)
 
@@ -52,8 +53,6 @@ def standardize(
     Returns:
         of the shape of `features`, float32
     """
-    if features.numel() == 0:
-        return features.float()
     # Batch norm, for its fused kernels. They compute x * a + b, which loses digits where the mean
     # is large against the deviation. It is not after one of the elements is subtracted.
     first = (slice(1), slice(None), *(slice(1) for _ in features.shape[2:]))

@@ -95,7 +95,8 @@ class CrossKDDeformableDETR(CrossKDDistiller, DeformableDETR):
     def check_teacher(self, teacher: Teacher) -> None:
         """
         Raises:
-            ValueError: its meta-architecture, classes or levels are not the student's.
+            ValueError: its meta-architecture, classes or levels are not the student's, or with the
+                student's queries its decoder layers, box refinement or stages.
         """
         super().check_teacher(teacher)
         both = (teacher.model, self)

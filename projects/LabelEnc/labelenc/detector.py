@@ -307,7 +307,7 @@ class LabelEncDetector(TrainingOnlyModules):
 
 def anchor_settings(generator: DefaultAnchorGenerator) -> dict:
     """The anchors of a position, in the terms of MODEL.ANCHOR_GENERATOR."""
-    sides = [(x[:, 2:] - x[:, :2]).double() for x in generator.cell_anchors]
+    sides = [(x[:, 2:] - x[:, :2]).cpu().double() for x in generator.cell_anchors]
     return {
         "anchor_sizes": [_unique(side.prod(dim=1).sqrt(), 1) for side in sides],
         "anchor_aspect_ratios": [_unique(side[:, 1] / side[:, 0], 3) for side in sides],

@@ -100,14 +100,16 @@ def _iteration(path: str) -> int | None:
 
 
 def find_damage(path: str) -> str | None:
-    """What is wrong with a file that `torch.save` wrote: missing, cut off or with other bytes. None
-    if it is whole. Reads the whole file."""
+    """What is wrong with a file that `torch.save` wrote: missing, cut off, with other bytes, or
+    refused by `load_tensors`. None if it is whole. Reads the whole file."""
     try:
         with zipfile.ZipFile(path) as file:
             member = file.testzip()
         if member is not None:
             return f"wrong checksum of {member}"
         load_tensors(path)
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged directory at the end of the file raises anything
         return f"{type(error).__name__}: {error}"
     return None

@@ -69,8 +69,8 @@ class FiniteLosses(HookBase):
         weights = "The weights are still those before it"
         if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
             weights = (
-                "But weights are infinite or NaN, too: an earlier iteration, most likely the one "
-                "before, had such gradients of losses that were finite"
+                "But weights are infinite or NaN, too: an earlier iteration had such gradients of "
+                "losses that were finite, or the weights were loaded so"
             )
         raise FloatingPointError(
             f"A loss is infinite or NaN in iteration {iteration}: {losses}. The batch is of "

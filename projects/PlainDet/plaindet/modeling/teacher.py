@@ -64,8 +64,8 @@ def build_teacher(node: CfgNode, device: str, key: str) -> Teacher:
 
     Raises:
         FileNotFoundError: a file that does not exist.
-        ValueError: no file is given, the config has keys of a method, or the weights lack
-            parameters of the config's detector.
+        ValueError: no file is given, the config has keys of a method, or the weights are not those
+            of the config's detector.
     """
     _check_file(node.CONFIG_FILE, f"{key}.CONFIG_FILE")
     try:
@@ -134,7 +134,8 @@ def _is_of_another_layer(model: nn.Module, key: str) -> bool:
     """Whether a key that a model does not have is of a layer of one of its sequences."""
     module = model
     for name in key.split("."):
-        if name not in module._modules:
+        child = module._modules.get(name)
+        if child is None:
             return isinstance(module, (nn.Sequential, nn.ModuleList))
-        module = module._modules[name]
+        module = child
     return False
