@@ -205,6 +205,8 @@ def train_on_two_processes(cfg):
     # Each process has images, and so a normaliser, of its own.
     normalizers = comm.all_gather(trainer.plain_model.loss_normalizer)
     assert normalizers[0] != normalizers[1]
+    comm.synchronize()
+    torch.distributed.destroy_process_group()
 
 
 def test_two_processes(make_cfg):
