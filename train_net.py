@@ -26,6 +26,7 @@ from plaindet.engine import (
     PlainCheckpointer,
     PlainTrainer,
     check_num_classes,
+    ending_process_group,
     preemptible_processes,
 )
 from plaindet.modeling import CompleteCheckpointer
@@ -56,6 +57,7 @@ def trainer_class(cfg: CfgNode) -> type[PlainTrainer]:
     return PlainTrainer
 
 
+@ending_process_group()
 def main(args):
     cfg = setup(args)
     Trainer = trainer_class(cfg)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
+from torch import distributed
 
 import train_net
 
@@ -103,6 +104,20 @@ def test_evaluation_of_a_part_of_the_detector(tiny_data, tmp_path):
         run("retinanet_R_18_baseline.yaml", tiny_data, tmp_path, "--eval-only", *weights)
     with pytest.raises(ValueError, match="MODEL.WEIGHTS is empty, expected the checkpoint to eval"):
         run("retinanet_R_18_baseline.yaml", tiny_data, tmp_path, "--eval-only")
+
+
+def test_ends_its_process_group(tiny_data, tmp_path):
+    """But not after an error, where other processes may be waiting in it."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="MODEL.WEIGHTS is empty"):
+            run("retinanet_R_18_baseline.yaml", tiny_data, tmp_path, "--eval-only")
+        assert distributed.is_initialized()
+        run("retinanet_R_18_baseline.yaml", tiny_data, tmp_path)
+        assert not distributed.is_initialized()
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def test_import_changes_nothing():

@@ -15,6 +15,7 @@ from iteration import check_needs_teacher, check_training_run, losses_of, with_g
 import train_net
 from crosskd import CrossKDTrainer
 from plaindet.data import register_coco_format
+from plaindet.engine import ending_process_group
 from plaindet.modeling import DeformableDETR, Teacher
 from plaindet.modeling.deformable_transformer import Predictions
 
@@ -208,6 +209,7 @@ def test_losses_fall(make_trainer):
         assert history[-1][name] < 0.9 * history[0][name]
 
 
+@ending_process_group()
 def train_distributed(cfg):
     torch.set_num_threads(1)
     register_coco_format(cfg.DATASETS.COCO_FORMAT)

@@ -14,6 +14,7 @@ from detectron2.utils.events import EventStorage
 
 from labelenc import LabelEncTrainer
 from plaindet.data import register_coco_format
+from plaindet.engine import ending_process_group
 
 STEP1 = "quick/retinanet_R_18_labelenc_step1.yaml"
 STEP2 = "quick/retinanet_R_18_labelenc_step2.yaml"
@@ -326,6 +327,7 @@ def test_reference_world_size_scales_the_phases(make_cfg):
     assert LabelEncTrainer.auto_scale_workers(cfg, 8).MODEL.LABELENC.WARMUP_ITERS == 30000
 
 
+@ending_process_group()
 def train_distributed(cfg):
     torch.set_num_threads(1)
     register_coco_format(cfg.DATASETS.COCO_FORMAT)

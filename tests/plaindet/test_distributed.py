@@ -15,6 +15,7 @@ from detectron2.utils.events import EventStorage
 
 import train_net
 from plaindet.data import register_coco_format
+from plaindet.engine import ending_process_group
 from plaindet.seeding import seed_everything
 
 ALL = None
@@ -64,6 +65,7 @@ def losses_and_gradients(cfg, distance_enabled):
     return comm.reduce_dict({k: v.detach() for k, v in losses.items()}), gradients
 
 
+@ending_process_group()
 def compute_all(cfgs, path):
     torch.set_num_threads(1)
     register_coco_format(cfgs[0].DATASETS.COCO_FORMAT)

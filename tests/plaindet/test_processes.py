@@ -11,10 +11,11 @@ import pytest
 import torch
 from detectron2.engine import HookBase, launch
 from detectron2.utils import comm
+from torch import distributed
 
 import train_net
 from plaindet.data import register_coco_format
-from plaindet.engine import PREEMPTED, PlainTrainer, preemptible_processes
+from plaindet.engine import PREEMPTED, PlainTrainer, ending_process_group, preemptible_processes
 
 CONFIG = "quick/retinanet_R_18_baseline.yaml"
 
@@ -50,7 +51,11 @@ def train_until_preempted(cfg):
     stop_at_a_loss(cfg)
     trainer = make_trainer(cfg)
     trainer.register_hooks([SignalToTheLauncher()])
-    trainer.train()
+    try:
+        with ending_process_group():
+            trainer.train()
+    finally:
+        assert not distributed.is_initialized()
 
 
 def test_two_processes(make_cfg):

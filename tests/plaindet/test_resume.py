@@ -11,7 +11,7 @@ from detectron2.utils.env import seed_all_rng
 
 import train_net
 from plaindet.data import register_coco_format
-from plaindet.engine import BestCheckpointer, PlainTrainer
+from plaindet.engine import BestCheckpointer, PlainTrainer, ending_process_group
 
 CONFIG = "quick/retinanet_R_18_baseline.yaml"
 
@@ -195,6 +195,7 @@ def test_other_data_loader_is_reported(make_cfg, caplog):
     assert "The data loader is a list, whose position in the data is not restored" in caplog.text
 
 
+@ending_process_group()
 def train_on_two_processes(cfg):
     torch.set_num_threads(1)
     register_coco_format(cfg.DATASETS.COCO_FORMAT)
@@ -205,8 +206,6 @@ def train_on_two_processes(cfg):
     # Each process has images, and so a normaliser, of its own.
     normalizers = comm.all_gather(trainer.plain_model.loss_normalizer)
     assert normalizers[0] != normalizers[1]
-    comm.synchronize()
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes(make_cfg):

@@ -1,7 +1,8 @@
-"""Leaving in an orderly way when the machine is wanted back."""
+"""Leaving in an orderly way, at the end and when the machine is wanted back."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from torch import distributed
 from torch.multiprocessing import ProcessExitedException
 
 from plaindet.signals import PREEMPTION_SIGNALS
@@ -99,3 +101,28 @@ def preemptible_processes() -> Iterator[None]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def ending_process_group() -> Iterator[None]:
+    """Around what each process of a `launch` of Detectron2 does, or as its decorator: ends the
+    process group when all processes are done or preempted.
+
+    A process that exits while a thread of its group still holds a tensor may abort ("terminate
+    called without an active exception"), after all its work. After an error the group stays as it
+    is, since other processes may be waiting in it.
+    """
+    try:
+        yield
+    except SystemExit as exit_:
+        if exit_.code == PREEMPTED:
+            _end_process_group()
+        raise
+    _end_process_group()
+
+
+def _end_process_group() -> None:
+    if distributed.is_initialized():
+        comm.synchronize()
+        gc.collect()  # what keeps the group's threads alive, such as DistributedDataParallel
+        distributed.destroy_process_group()
