@@ -124,5 +124,5 @@ def ending_process_group() -> Iterator[None]:
 def _end_process_group() -> None:
     if distributed.is_initialized():
         comm.synchronize()
-        gc.collect()  # what keeps the group's threads alive, such as DistributedDataParallel
+        gc.collect()  # frees what keeps the group's threads alive, such as DistributedDataParallel
         distributed.destroy_process_group()
