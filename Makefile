@@ -15,7 +15,7 @@ JOBS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install test golden lint format demo demo-crosskd study study-smoke bench soak
+.PHONY: help install test test-long golden lint format demo demo-crosskd study study-smoke bench soak
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -30,6 +30,9 @@ install: $(STAMP)  ## set up .venv with Detectron2 and this project
 
 test: $(STAMP)  ## run the tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+
+test-long: $(STAMP)  ## whole tables, of which `make test` runs a part: every error, every snippet
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m long
 
 golden: $(STAMP)  ## whole iterations against official numbers (GOLDEN=<folder>)
 	GOLDEN="$(GOLDEN)" $(PYTHON) -m pytest -m golden

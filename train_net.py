@@ -27,7 +27,7 @@ from plaindet.engine import (
     PlainTrainer,
     check_num_classes,
     ending_process_group,
-    preemptible_processes,
+    supervised_processes,
 )
 from plaindet.modeling import CompleteCheckpointer
 
@@ -82,7 +82,7 @@ def main(args):
 if __name__ == "__main__":
     args = default_argument_parser().parse_args()
     several_processes = args.num_gpus * args.num_machines > 1
-    with preemptible_processes() if several_processes else nullcontext():
+    with supervised_processes() if several_processes else nullcontext():
         launch(
             main,
             args.num_gpus,

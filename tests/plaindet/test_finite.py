@@ -64,6 +64,23 @@ def test_stops_before_the_step(make_method_cfg, method, detector, write_metrics)
     assert not torch.isfinite(sum(losses.values()))
 
 
+@pytest.mark.parametrize("detector", ["faster_rcnn", "mask_rcnn", "deformable_detr"])
+def test_divergence_inside_the_model(make_method_cfg, detector):
+    """A check in there comes before the losses; the report is the same."""
+    cfg = make_method_cfg("baseline", detector)
+    trainer = train_net.trainer_class(cfg)(cfg)
+    poison(trainer, 2)
+    with pytest.raises(FloatingPointError) as error:
+        trainer.train()
+    path = Path(cfg.OUTPUT_DIR) / "nonfinite_0000002_process0.pth"
+    replay = torch.load(path, weights_only=False)
+    message = str(error.value)
+    assert "The training has diverged in iteration 2: Predicted boxes or scores" in message
+    assert re.search(r"losses of the iteration before: {'loss_\w+': \d", message)
+    assert all(text in message for text in (str(path), *[x["file_name"] for x in replay["batch"]]))
+    assert "The weights are still those before it" in message
+
+
 def test_weights_that_were_not_finite_before(make_cfg):
     """The batch is not to blame then."""
     trainer = train_net.PlainTrainer(make_cfg(CONFIG))

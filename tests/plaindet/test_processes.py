@@ -15,7 +15,7 @@ from torch import distributed
 
 import train_net
 from plaindet.data import register_coco_format
-from plaindet.engine import PREEMPTED, PlainTrainer, ending_process_group, preemptible_processes
+from plaindet.engine import PREEMPTED, PlainTrainer, ending_process_group, supervised_processes
 
 CONFIG = "quick/retinanet_R_18_baseline.yaml"
 
@@ -61,7 +61,7 @@ def train_until_preempted(cfg):
 def test_two_processes(make_cfg):
     """The launcher passes the signal on; both leave after the same iteration, with its code."""
     cfg = make_cfg(CONFIG, "SOLVER.MAX_ITER", "30")
-    with pytest.raises(SystemExit) as exit_, preemptible_processes():
+    with pytest.raises(SystemExit) as exit_, supervised_processes():
         launch(train_until_preempted, 2, dist_url="auto", args=(cfg,))
     assert exit_.value.code == PREEMPTED
     folder = Path(cfg.OUTPUT_DIR)

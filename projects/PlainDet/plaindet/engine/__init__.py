@@ -4,6 +4,6 @@ from .checks import check_num_classes, check_teacher_classes
 from .finite import FiniteLosses
 from .optimizer import build_optimizer
 from .plain_config import write_plain_config
-from .preemption import PREEMPTED, Preemption, ending_process_group, preemptible_processes
+from .preemption import PREEMPTED, Preemption, ending_process_group, supervised_processes
 from .resume import ExactResume
 from .trainer import PlainTrainer, build_evaluator

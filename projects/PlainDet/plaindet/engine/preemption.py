@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import logging
-import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -23,6 +25,8 @@ from .processes import Flag
 
 # "Temporary failure, try again" (EX_TEMPFAIL of sysexits.h): start the same command with --resume.
 PREEMPTED = 75
+# Seconds that processes have to end after another one failed.
+GRACE_PERIOD = 8
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +85,13 @@ class Preemption(HookBase):
 
 
 @contextmanager
-def preemptible_processes() -> Iterator[None]:
-    """Around a `launch` of Detectron2 that starts processes: passes the signals on to them, and
-    exits with their code `PREEMPTED`."""
+def supervised_processes() -> Iterator[None]:
+    """Around a `launch` of Detectron2 that starts processes:
+
+    * passes the signals on to them, and exits with their code `PREEMPTED`,
+    * where one of them fails, or the launcher itself is interrupted, the others have `GRACE_PERIOD`
+      to end: they may be waiting for it, NCCL for many minutes.
+    """
 
     def forward(number, frame):
         for process in multiprocessing.active_children():
@@ -92,15 +100,58 @@ def preemptible_processes() -> Iterator[None]:
             earlier[number](number, frame)
 
     earlier = {number: signal.signal(number, forward) for number in PREEMPTION_SIGNALS}
+    is_over = threading.Event()
+    threading.Thread(target=_end_survivors, args=(is_over,), daemon=True).start()
     try:
         yield
     except ProcessExitedException as error:
         if error.exit_code != PREEMPTED:
             raise
         sys.exit(PREEMPTED)
+    except KeyboardInterrupt:
+        # Ctrl-C reaches all processes, `kill -INT` the launcher alone.
+        processes = multiprocessing.active_children()
+        for process in _still_running(processes, seconds=2):
+            os.kill(process.pid, signal.SIGINT)
+        _kill_after_grace(processes)
+        raise
     finally:
+        is_over.set()
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+def _end_survivors(is_over: threading.Event) -> None:
+    """Kills the processes that outlive one that failed."""
+    while not (processes := multiprocessing.active_children()):
+        if is_over.wait(0.1):
+            return
+    is_over.wait(1)  # until all of them are started
+    running = {process.sentinel: process for process in multiprocessing.active_children()}
+    running.update({process.sentinel: process for process in processes})
+    while running and not is_over.is_set():
+        for sentinel in multiprocessing.connection.wait(list(running), timeout=1):
+            process = running.pop(sentinel)
+            is_over.wait(1)  # the launcher takes the exit code, which only one thread can
+            if process.exitcode not in (0, PREEMPTED):
+                _kill_after_grace(running.values())
+                return
+
+
+def _kill_after_grace(processes: Iterable[BaseProcess]) -> None:
+    for process in _still_running(processes, GRACE_PERIOD):
+        logger.warning(f"Killing process {process.pid}, which goes on after an error")
+        os.kill(process.pid, signal.SIGKILL)
+
+
+def _still_running(processes: Iterable[BaseProcess], seconds: float) -> list[BaseProcess]:
+    """Those that have not ended after some time. Their exit codes are left to others."""
+    running = {process.sentinel: process for process in processes}
+    end = time.monotonic() + seconds
+    while running and time.monotonic() < end:
+        for sentinel in multiprocessing.connection.wait(list(running), end - time.monotonic()):
+            del running[sentinel]
+    return list(running.values())
 
 
 @contextmanager

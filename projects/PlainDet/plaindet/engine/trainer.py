@@ -8,7 +8,7 @@ import weakref
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -92,7 +92,8 @@ class PlainTrainer(DefaultTrainer):
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
         # Only the inner trainer calls after_backward.
-        self._trainer.register_hooks([FiniteLosses(self.model, cfg.OUTPUT_DIR)])
+        self._finite_losses = FiniteLosses(self.model, cfg.OUTPUT_DIR)
+        self._trainer.register_hooks([self._finite_losses])
 
     @property
     def plain_model(self) -> nn.Module:
@@ -130,6 +131,18 @@ class PlainTrainer(DefaultTrainer):
         on_cpu = next(self.model.parameters()).device.type == "cpu"
         with torch.jit.optimized_execution(not on_cpu):
             return super().train()
+
+    def run_step(self):
+        with self._finite_losses.reporting_divergence():
+            super().run_step()
+
+    def after_train(self):
+        if self.iter < self.max_iter:
+            # An error in the last iteration, after which Detectron2 evaluates, too, and waits there
+            # for processes that wait elsewhere or have ended.
+            evaluating = (hooks.EvalHook, hooks.BestCheckpointer)
+            self._hooks = [hook for hook in self._hooks if not isinstance(hook, evaluating)]
+        super().after_train()
 
     def before_train(self):
         super().before_train()
@@ -179,8 +192,9 @@ class PlainTrainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
-        """As DefaultTrainer's."""
-        loader = super().build_test_loader(cfg, dataset_name)
+        """As DefaultTrainer's, with a mapper whose errors name the image."""
+        mapper = PlainDatasetMapper(cfg, is_train=False)
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         loader.worker_init_fn = ignore_preemption
         return loader
 

@@ -337,7 +337,7 @@ class SetCriterion(DeformableDetrImageLoss):
             "loss_cls", "loss_box_reg" (L1) and "loss_giou", weighted
 
         Raises:
-            FloatingPointError: a predicted box is infinite or NaN.
+            FloatingPointError: a predicted box or score is infinite or NaN.
         """
         outputs = {"logits": predictions.logits, "pred_boxes": predictions.boxes}
         arguments = (outputs, targets, self._match(outputs, targets), num_boxes)
@@ -355,7 +355,7 @@ class SetCriterion(DeformableDetrImageLoss):
             return [(none, none)] * len(targets)
         try:
             return self.matcher(outputs, targets)
-        except ValueError as error:  # the library's check of the boxes
-            if outputs["pred_boxes"].isfinite().all():
+        except ValueError as error:  # the library's check of the boxes, scipy's of the costs
+            if all(prediction.isfinite().all() for prediction in outputs.values()):
                 raise
-            raise FloatingPointError("Predicted boxes became infinite or NaN") from error
+            raise FloatingPointError("Predicted boxes or scores are infinite or NaN") from error
