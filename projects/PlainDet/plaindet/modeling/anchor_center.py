@@ -260,8 +260,9 @@ class AnchorCenterDetector(DenseDetector):
         """The best pairs of anchor and class of a level, decoded."""
         probabilities = logits.float().sigmoid()
         rows, classes = (probabilities > self.test_score_thresh).nonzero(as_tuple=True)
-        count = min(len(rows), self.test_topk_candidates)
-        scores, best = probabilities[rows, classes].topk(count)
+        # Not topk, whose number would become a constant of a traced model.
+        scores, best = probabilities[rows, classes].sort(descending=True)
+        scores, best = (x[: self.test_topk_candidates] for x in (scores, best))
         rows, classes = rows[best], classes[best]
         if centerness is not None:
             scores = scores * centerness[rows, 0].float().sigmoid()
