@@ -20,7 +20,7 @@ from detectron2.modeling import build_model
 
 from labelenc import add_labelenc_config
 from labelenc.pictures import draw_encoding, draw_features, label_map_picture, picture_mapper
-from plaindet import read_config
+from plaindet import keep_training_only, read_config
 from plaindet.engine.checks import thing_classes
 from plaindet.pictures import detections_picture, ground_truth_picture, save_sheet
 
@@ -62,8 +62,7 @@ def load_model(cfg: CfgNode) -> torch.nn.Module:
     """The trained model of a run, with its label encoder where it has one."""
     model = build_model(cfg).eval()
     checkpointer = DetectionCheckpointer(model)
-    if hasattr(model, "training_only"):
-        checkpointer.add_checkpointable("training_only", model.training_only)
+    keep_training_only(checkpointer)
     checkpointer.load(os.path.join(cfg.OUTPUT_DIR, "model_final.pth"))
     return model
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from detectron2.structures import ImageList
-from torch import nn
 
 from plaindet.modeling import Teacher, TrainingOnlyModules
 
@@ -23,7 +22,6 @@ class CrossKDDistiller(TrainingOnlyModules):
             detector: the arguments of the plain meta-architecture.
         """
         super().__init__(**detector)
-        self.training_only = nn.ModuleDict()
         self._teacher = None
 
     @property

@@ -13,6 +13,7 @@ from .dense import (
 )
 from .detector import LabelEncDetector
 from .distance import FeatureAdapter, feature_distance
+from .hook import LabelEncHook, build_labelenc_hook
 from .label_encoder import LabelEncoder, build_label_encoder
 from .label_map import LabelMap
 from .step1_file import inherit_step1_file, inherit_teacher, save_step1_file
@@ -27,6 +28,7 @@ __all__ = [
     "LabelEncFCOS",
     "LabelEncGFL",
     "LabelEncGeneralizedRCNN",
+    "LabelEncHook",
     "LabelEncRetinaNet",
     "LabelEncTrainer",
     "LabelEncoder",
@@ -34,6 +36,7 @@ __all__ = [
     "LabelMapDatasetMapper",
     "add_labelenc_config",
     "build_label_encoder",
+    "build_labelenc_hook",
     "feature_distance",
     "inherit_step1_file",
     "inherit_teacher",

@@ -83,7 +83,7 @@ class LabelEncDetector(TrainingOnlyModules):
         self._feature_teacher = None
 
         channels = next(iter(self.backbone.output_shape().values())).channels
-        self.training_only = nn.ModuleDict({"feature_adapter": FeatureAdapter(channels)})
+        self.training_only["feature_adapter"] = FeatureAdapter(channels)
         if label_encoder is not None:
             self._check_features("The label encoder", label_encoder)
             # Step 2 takes psi* as a constant.

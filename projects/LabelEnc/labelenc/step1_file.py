@@ -52,9 +52,18 @@ def describe(model: LabelEncDetector) -> dict:
 
 def save_step1_file(model: LabelEncDetector, path: str) -> None:
     """Writes the step-1 file of a model in training to `path`; a file there is replaced at once,
-    so that it is whole whenever the run is killed."""
-    encoder = model.label_encoder.state_dict()
-    write_step1_file(path, describe(model), encoder, _head_state_dict(model))
+    so that it is whole whenever the run is killed.
+
+    Raises:
+        FloatingPointError: a weight is infinite or NaN; nothing is written.
+    """
+    encoder, head = model.label_encoder.state_dict(), _head_state_dict(model)
+    bad = [name for name, x in {**encoder, **head}.items() if not torch.isfinite(x).all()]
+    if bad:
+        raise FloatingPointError(
+            f"No step-1 file is written, since weights are infinite or NaN: {some_of(bad)}"
+        )
+    write_step1_file(path, describe(model), encoder, head)
 
 
 def write_step1_file(
@@ -79,7 +88,7 @@ def inherit_step1_file(model: LabelEncDetector, path: str, with_detector: bool =
     FPN from the *encoder's* FPN, as the official implementation does.
 
     Layers of the FPN whose shape differs (laterals on a backbone of other widths, say) keep their
-    initialisation and are named in the log.
+    initialisation; a line of the log names them.
 
     Args:
         model: without wrapper.
@@ -224,16 +233,15 @@ def _load_matching_layers(
         for key, value in source.items()
         if value.shape != target[key].shape
     }
-    for layer, (found, expected) in differing.items():
-        logger.warning(
-            f"{layer} keeps its initialisation: its shape is {found} in {path} and {expected} in "
-            "this detector"
-        )
     inherited = {key: value for key, value in source.items() if _layer(key) not in differing}
     # Not load_state_dict: with a part of the keys it resets the statistics of FrozenBatchNorm2d.
     for key, value in inherited.items():
         target[key].copy_(value)
-    logger.info(f"Inherited {len(inherited)} tensors of the head and the FPN from {path}")
+    rest = [f"{layer} {found} / {expected}" for layer, (found, expected) in differing.items()]
+    logger.info(
+        f"Inherited {len(inherited)} tensors of the head and the FPN from {path}"
+        + (f"; not inherited, with shapes there / here: {', '.join(rest)}" if rest else "")
+    )
 
 
 def _layer(key: str) -> str:

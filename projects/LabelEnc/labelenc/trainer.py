@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import os
-
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 
 from plaindet.data import PlainDatasetMapper
-from plaindet.engine import PlainCheckpointer, PlainTrainer, check_teacher_classes
+from plaindet.engine import PlainTrainer, check_teacher_classes
 from plaindet.modeling import build_teacher
 
 from .dataset_mapper import LabelMapDatasetMapper
 from .detector import LabelEncDetector
-from .step1_file import FILE_NAME, inherit_step1_file, inherit_teacher, save_step1_file
-
-logger = logging.getLogger(__name__)
+from .hook import build_labelenc_hook
+from .step1_file import inherit_step1_file, inherit_teacher
 
 
 class LabelEncTrainer(PlainTrainer):
@@ -27,11 +23,6 @@ class LabelEncTrainer(PlainTrainer):
     * Step 2 starts from that file, or from a teacher, and leaves the auxiliary loss out for the
       last CUTOFF_ITERS.
     """
-
-    def __init__(self, cfg: CfgNode):
-        super().__init__(cfg)
-        # Only the inner trainer calls after_backward.
-        self._trainer.register_hooks([NoAdapterGradient(self.plain_model)])
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
@@ -66,30 +57,16 @@ class LabelEncTrainer(PlainTrainer):
             return PlainDatasetMapper(cfg, is_train=True)
         return LabelMapDatasetMapper(cfg, is_train=True)
 
-    @classmethod
-    def build_checkpointer(cls, cfg: CfgNode, model: LabelEncDetector) -> PlainCheckpointer:
-        checkpointer = Step1Checkpointer if model.step == 1 else PlainCheckpointer
-        return checkpointer(model, cfg.OUTPUT_DIR)
-
     def build_hooks(self) -> list[HookBase]:
-        model, labelenc = self.plain_model, self.cfg.MODEL.LABELENC
-        start, stop = 0, self.max_iter
-        if model.step == 1:
-            start = labelenc.WARMUP_ITERS
-        else:
-            stop -= labelenc.CUTOFF_ITERS
-        if model.distance_weight == 0:
-            stop = start
-        elif start >= stop:
-            key = "WARMUP_ITERS" if model.step == 1 else "CUTOFF_ITERS"
-            logger.warning(
-                f"The distance loss is never switched on: MODEL.LABELENC.{key} {labelenc[key]}, "
-                f"expected less than SOLVER.MAX_ITER {self.max_iter}"
-            )
-        # Not of a mapper of somebody else, which goes on drawing label maps.
-        is_labelenc = isinstance(self.mapper, LabelMapDatasetMapper)
-        mapper = self.mapper if model.step == 2 and is_labelenc else None
-        return [DistancePhase(model, start, stop, mapper), *super().build_hooks()]
+        # A mapper of somebody else goes on drawing label maps.
+        mapper = self.mapper if isinstance(self.mapper, LabelMapDatasetMapper) else None
+        self._labelenc_hook = build_labelenc_hook(self.cfg, self.plain_model, mapper)
+        return [self._labelenc_hook, *super().build_hooks()]
+
+    def save_checkpoint(self) -> None:
+        """As PlainTrainer's, with the step-1 file."""
+        self._labelenc_hook.write_step1_file()
+        super().save_checkpoint()
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As DefaultTrainer's; a step-2 run that does not resume then takes the label encoder, the
@@ -103,54 +80,3 @@ class LabelEncTrainer(PlainTrainer):
             inherit_step1_file(model, labelenc.STEP1_FILE, with_detector=labelenc.INHERIT)
         elif labelenc.INHERIT:
             inherit_teacher(model, labelenc.TEACHER.CONFIG_FILE)
-
-
-class Step1Checkpointer(PlainCheckpointer):
-    """Writes the step-1 file with every checkpoint, so that an interrupted step 1 is of use."""
-
-    def save(self, name: str, **kwargs) -> None:
-        if self.save_dir and self.save_to_disk:
-            self.check_finite()
-            save_step1_file(self.model, os.path.join(self.save_dir, FILE_NAME))
-        super().save(name, **kwargs)
-
-
-class DistancePhase(HookBase):
-    """Switches L3 on for the iterations in [start, stop)."""
-
-    def __init__(
-        self,
-        model: LabelEncDetector,
-        start: int,
-        stop: int,
-        mapper: LabelMapDatasetMapper | None = None,
-    ):
-        """
-        Args:
-            model: without wrapper.
-            start, stop: iterations, counted from 0.
-            mapper: the source of label maps, if nobody needs them from `stop` on.
-        """
-        self.model = model
-        self.start = start
-        self.stop = stop
-        self.mapper = mapper
-
-    def before_step(self):
-        iteration = self.trainer.iter
-        self.model.distance_enabled = self.start <= iteration < self.stop
-        if self.mapper is not None and iteration >= self.stop:
-            self.mapper.stop_label_maps()
-
-
-class NoAdapterGradient(HookBase):
-    """Removes the adapter's zero gradients while L3 is switched off, so that neither weight decay
-    nor momentum moves it."""
-
-    def __init__(self, model: LabelEncDetector):
-        self.model = model
-
-    def after_backward(self):
-        if not self.model.distance_enabled:
-            for parameter in self.model.feature_adapter.parameters():
-                parameter.grad = None

@@ -10,9 +10,11 @@ except ModuleNotFoundError as error:
         "with `PYTHON=python tools/install.sh` (see the README), or as its own documentation says."
     ) from error
 
+from . import modeling
 from .config import add_plaindet_config, read_config
 from .data import register_shapes
+from .modeling import keep_training_only
 
 register_shapes()
 
-__all__ = ["add_plaindet_config", "read_config"]
+__all__ = ["add_plaindet_config", "keep_training_only", "read_config"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 
 import torch
 from detectron2.engine import HookBase
@@ -21,6 +22,9 @@ class ExactResume(HookBase):
     * Random numbers: in every iteration they follow from the run's seed, the iteration and the
       process, so that no generator's state has to be kept.
     * The data stream starts at the batch of the first iteration.
+    * TorchScript does not optimise its functions (fvcore's losses) on the CPU, where runs are
+      repeatable bit for bit: it profiles them in their first calls, and the optimised form gives
+      other last bits, so that a fresh process would not compute what one in the middle does.
     * `loss_normalizer`, the moving average of Detectron2's dense detectors, which is a plain
       attribute of each process: kept for every process.
     """
@@ -34,8 +38,11 @@ class ExactResume(HookBase):
         self.model = model
         self.checkpoint_period = checkpoint_period
         self._loss_normalizers = []
+        self._torchscript = ExitStack()
 
     def before_train(self):
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        self._torchscript.enter_context(torch.jit.optimized_execution(not on_cpu))
         stream = self.trainer.data_loader
         if isinstance(stream, TrainStream):
             stream.start = self.trainer.start_iter
@@ -44,6 +51,9 @@ class ExactResume(HookBase):
                 f"The data loader is a {type(stream).__name__}, whose position in the data is not "
                 "restored: expected the TrainStream of PlainTrainer.build_train_loader"
             )
+
+    def after_train(self):
+        self._torchscript.close()
 
     def before_step(self):
         seed_everything(self.trainer.cfg.SEED, self.trainer.iter, comm.get_rank())

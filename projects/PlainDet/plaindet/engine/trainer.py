@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from plaindet.data import PlainDatasetMapper, TrainStream, build_train_stream
-from plaindet.modeling import TrainingOnlyModules
+from plaindet.modeling import keep_training_only
 from plaindet.signals import ignore_preemption
 
 from .checkpointer import PlainCheckpointer
@@ -83,8 +83,7 @@ class PlainTrainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = self.build_checkpointer(cfg, model)
         self.checkpointer.add_checkpointable("trainer", weakref.proxy(self))
-        if isinstance(model, TrainingOnlyModules):
-            self.checkpointer.add_checkpointable("training_only", model.training_only)
+        keep_training_only(self.checkpointer)
         if comm.is_main_process():
             write_plain_config(cfg, model)
         self.start_iter = 0
@@ -122,15 +121,6 @@ class PlainTrainer(DefaultTrainer):
                 f"The checkpoint {self.checkpointer.get_checkpoint_file()} has {self.start_iter} "
                 f"iterations, expected at most SOLVER.MAX_ITER {self.max_iter}"
             )
-
-    def train(self):
-        """As DefaultTrainer's."""
-        # TorchScript profiles its functions (fvcore's losses) in their first calls, and its
-        # optimised form gives other last bits. On the CPU, where runs are repeatable bit for bit,
-        # a fresh process has to compute what one in the middle of a run computes.
-        on_cpu = next(self.model.parameters()).device.type == "cpu"
-        with torch.jit.optimized_execution(not on_cpu):
-            return super().train()
 
     def run_step(self):
         with self._finite_losses.reporting_divergence():

@@ -14,4 +14,4 @@ from .mobilenet import MobileNetV2, build_mobilenet_backbone
 from .normalizer import mean_over_processes
 from .swin import build_swin_backbone
 from .teacher import CompleteCheckpointer, Teacher, build_teacher
-from .training_only import TrainingOnlyModules, is_training_only
+from .training_only import TrainingOnlyModules, is_training_only, keep_training_only
