@@ -25,6 +25,8 @@ from labelenc_crosskd import LabelEncCrossKDDetector, LabelEncCrossKDTrainer
 from plaindet.engine import (
     PlainCheckpointer,
     PlainTrainer,
+    check_datasets,
+    check_device,
     check_num_classes,
     ending_process_group,
     supervised_processes,
@@ -62,6 +64,8 @@ def main(args):
     cfg = setup(args)
     Trainer = trainer_class(cfg)
     if args.eval_only:
+        check_device(cfg)
+        check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
         model = build_model(cfg)  # not the trainer's, which may need a teacher
         check_num_classes(model, cfg.DATASETS.TEST)
         checkpointer = PlainCheckpointer(model, save_dir=cfg.OUTPUT_DIR)

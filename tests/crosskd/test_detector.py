@@ -244,6 +244,10 @@ ANCHORS = "MODEL.ANCHOR_GENERATOR.SIZES"
             ["DATASETS.TRAIN", ("shapes_train",)],
             r"trained on shapes_train with disc, .* but tiny_train has red, green, blue\.",
         ),
+        (
+            ["INPUT.FORMAT", "YUV-BT.601"],
+            "trained on images in YUV-BT.601, the student's are in BGR, .*INPUT.FORMAT YUV-BT.601",
+        ),
     ],
 )
 def test_teacher_that_does_not_fit(make_trainer, teacher, message):
@@ -278,7 +282,7 @@ def test_config_of_a_run_is_not_its_plain_config(make_trainer, make_cfg, tmp_pat
     path = tmp_path / "config.yaml"
     path.write_text(make_cfg("quick/retinanet_R_34_teacher.yaml").dump())
     message = (
-        r"CONFIG_FILE: .*config.yaml is not .* plain detector .*CROSSKD.* plain_config.yaml in"
+        r"CONFIG_FILE: .*config.yaml is not .* plain detector .*CROSSKD.* plain_config.yaml beside"
     )
     with pytest.raises(ValueError, match=message):
         make_trainer("retinanet", "MODEL.CROSSKD.TEACHER.CONFIG_FILE", str(path))
@@ -286,7 +290,11 @@ def test_config_of_a_run_is_not_its_plain_config(make_trainer, make_cfg, tmp_pat
 
 def test_weights_of_a_part_of_the_teacher(make_trainer):
     options = str(["MODEL.RETINANET.NUM_CLASSES", 3, "MODEL.RETINANET.NUM_CONVS", 3])
-    with pytest.raises(ValueError, match=r"retinanet_teacher.pth does not .* lacks head\."):
+    message = (
+        r"TEACHER: cannot build the teacher of .*R_34_teacher.yaml .*retinanet_teacher.pth does "
+        r"not .* lacks head\..* is the plain_config.yaml beside its checkpoint"
+    )
+    with pytest.raises(ValueError, match=message):
         make_trainer("retinanet", "MODEL.CROSSKD.TEACHER.OPTS", options)
 
 

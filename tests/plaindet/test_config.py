@@ -1,11 +1,16 @@
 """Reading configs."""
 
 import os
+import sys
 
 import pytest
+import torch
+from detectron2.modeling import build_model
 
 import train_net
-from plaindet import read_config
+from plaindet import config, read_config
+from plaindet.engine import write_plain_config
+from plaindet.modeling import build_teacher
 
 TEACHER = "MODEL:\n  CROSSKD:\n    TEACHER:\n"
 
@@ -43,3 +48,41 @@ def test_other_paths_of_a_teacher_are_left_as_they_are(tmp_path):
     for path in ("output/model_final.pth", "/nowhere/model.pth", "detectron2://a/b.pkl"):
         config.write_text(f"{TEACHER}      WEIGHTS: {path}\n")
         assert read_teacher(config).WEIGHTS == path
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A module that registers config keys, named by PLAINDET_PROJECTS."""
+    (tmp_path / "keys_of_a_project.py").write_text(
+        "from detectron2.config import CfgNode\nfrom plaindet import register_config\n"
+        "def add_config(cfg):\n    cfg.MODEL.setdefault('A_PROJECT', CfgNode({'WIDTH': 64}))\n"
+        "register_config(add_config)\n"
+    )
+    monkeypatch.setattr(config, "_registered", [])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PLAINDET_PROJECTS", "keys_of_a_project")
+    yield
+    sys.modules.pop("keys_of_a_project", None)
+
+
+def test_keys_of_a_project(make_cfg, tmp_path, project):
+    """A detector that has them trains, writes them into its plain config, and is a teacher."""
+    cfg = make_cfg("quick/retinanet_R_18_baseline.yaml", "MODEL.A_PROJECT.WIDTH", "32")
+    model = build_model(cfg)
+    write_plain_config(cfg, model)
+    weights = tmp_path / "model.pth"
+    torch.save({"model": model.state_dict()}, weights)
+    node = cfg.MODEL.LABELENC.TEACHER
+    node.CONFIG_FILE, node.WEIGHTS = f"{cfg.OUTPUT_DIR}/plain_config.yaml", str(weights)
+    assert read_config(node.CONFIG_FILE).MODEL.A_PROJECT.WIDTH == 32
+    build_teacher(node, "cpu", "MODEL.LABELENC.TEACHER")
+
+    config._registered.clear()
+    with pytest.raises(ValueError, match="A_PROJECT.* become known by plaindet.register_config"):
+        build_teacher(node, "cpu", "MODEL.LABELENC.TEACHER")
+
+
+def test_missing_project(monkeypatch):
+    monkeypatch.setenv("PLAINDET_PROJECTS", "no_such_project")
+    with pytest.raises(ImportError, match="PLAINDET_PROJECTS names no_such_project: No module"):
+        read_config("configs/quick/retinanet_R_18_baseline.yaml")

@@ -1,6 +1,10 @@
+from pathlib import Path
+
 import pytest
+import torch
+import yaml
 from detectron2.config import get_cfg
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
@@ -40,10 +44,12 @@ def test_num_classes_of_roi_heads(make_cfg):
 
 
 def test_other_classes_in_validation(make_cfg):
+    DatasetCatalog.register("other_val", list)
     MetadataCatalog.get("other_val").thing_classes = ["blue", "green", "red"]
     cfg = make_cfg(CONFIG, "DATASETS.TEST", '("other_val",)')
     with pytest.raises(ValueError, match=r"tiny_train has \['red'.*other_val has \['blue'"):
         PlainTrainer(cfg)
+    DatasetCatalog.remove("other_val")
     MetadataCatalog.remove("other_val")
 
 
@@ -87,6 +93,43 @@ def test_plain_config_is_detectron2s(make_cfg):
     assert plain.MODEL.META_ARCHITECTURE == "RetinaNet"
     assert plain.MODEL.RETINANET == cfg.MODEL.RETINANET
     assert all(cfg.SOLVER[key] == value for key, value in plain.SOLVER.items())
+
+
+def test_plain_config_has_the_differences_alone(make_cfg):
+    """A key that only another version of Detectron2 has, at its default, is not in it."""
+    cfg = make_cfg(CONFIG)
+    write_plain_config(cfg, build_model(cfg))
+    path = Path(cfg.OUTPUT_DIR) / "plain_config.yaml"
+    found = yaml.safe_load(path.read_text())
+    assert found["VERSION"] == get_cfg().VERSION
+    assert found["MODEL"]["RETINANET"]["NUM_CLASSES"] == 3
+    assert "ROI_BOX_HEAD" not in found["MODEL"]
+    plain = get_cfg()
+    plain.merge_from_file(str(path))
+    for key, value in plain.items():
+        if key not in ("MODEL", "DATASETS", "SOLVER", "INPUT"):
+            assert value == cfg[key], key
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (("DATASETS.TRAIN", "('odd',)"), ValueError, "TRAIN names odd, .*registered.*COCO_FORMAT"),
+        (("DATASETS.TEST", "('odd',)"), ValueError, "DATASETS.TEST names odd, .*COCO_FORMAT"),
+        (
+            ("DATASETS.TRAIN", "('coco_2017_train',)"),
+            FileNotFoundError,
+            "coco_2017_train, whose .*json do not exist .*DETECTRON2_DATASETS",
+        ),
+        (("MODEL.DEVICE", "cuda"), ValueError, "DEVICE is cuda, .* no GPU: set MODEL.DEVICE cpu"),
+    ],
+)
+def test_what_is_missing_is_said_first(make_cfg, monkeypatch, overrides, error, message):
+    """Before the model is built."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(PlainTrainer, "build_model", lambda cfg: pytest.fail("built"))
+    with pytest.raises(error, match=message):
+        PlainTrainer(make_cfg(CONFIG, *overrides))
 
 
 def test_evaluator_type(make_cfg):

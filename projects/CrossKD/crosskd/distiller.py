@@ -47,11 +47,13 @@ class CrossKDDistiller(TrainingOnlyModules):
     def check_teacher(self, teacher: Teacher) -> None:
         """
         Raises:
-            ValueError: its meta-architecture is not the student's.
+            ValueError: its meta-architecture is not the student's, or its images are of a format
+                into which the student's cannot be turned.
         """
         check_equal(
             {"meta-architecture": (type(teacher.model).__name__, self.plain_class().__name__)}
         )
+        teacher.check_input_format(getattr(self, "input_format", "BGR"))
 
     def forward(self, batched_inputs: list[dict]):
         """As the plain detector; in training with the distillation losses too."""
@@ -99,5 +101,5 @@ def check_equal(found: dict) -> None:
         if teacher != student:
             raise ValueError(
                 f"The teacher's {what} is {teacher}, the student's is {student}: they have to be "
-                "equal"
+                "equal. The config of a teacher is the plain_config.yaml beside its checkpoint"
             )

@@ -144,8 +144,10 @@ class LabelEncDetector(TrainingOnlyModules):
         """Supervises step 2 with a trained detector, and not with the label encoder.
 
         Raises:
-            ValueError: its features are unlike the detector's.
+            ValueError: its features are unlike the detector's, or its images are of a format into
+                which the detector's cannot be turned.
         """
+        teacher.check_input_format(getattr(self, "input_format", "BGR"))
         self._check_features("The teacher", teacher.model.backbone)
         self._feature_teacher = teacher
 

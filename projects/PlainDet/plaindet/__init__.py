@@ -11,10 +11,10 @@ except ModuleNotFoundError as error:
     ) from error
 
 from . import modeling
-from .config import add_plaindet_config, read_config
+from .config import add_plaindet_config, read_config, register_config
 from .data import register_shapes
 from .modeling import keep_training_only
 
 register_shapes()
 
-__all__ = ["add_plaindet_config", "keep_training_only", "read_config"]
+__all__ = ["add_plaindet_config", "keep_training_only", "read_config", "register_config"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Sequence
 
@@ -9,19 +10,53 @@ from detectron2.config import CfgNode, get_cfg
 
 from .data import register_coco_format
 
+# Modules to import before a config is read, with commas between them.
+PROJECTS_VARIABLE = "PLAINDET_PROJECTS"
+# The functions of register_config.
+_registered: list[Callable[[CfgNode], None]] = []
+
+
+def register_config(add_config: Callable[[CfgNode], None]) -> None:
+    """Makes the config keys of a project of yours known: in training, for teachers, in the tools
+    and in `plain_config.yaml`. Call it where the project registers its meta-architectures. The
+    environment variable PLAINDET_PROJECTS names the modules that do, for commands which do not
+    import them.
+
+    Args:
+        add_config: adds the keys to a Detectron2 config, which may have them already.
+    """
+    if add_config not in _registered:
+        _registered.append(add_config)
+
+
+def add_registered_configs(cfg: CfgNode) -> None:
+    """Adds the keys of :func:`register_config`.
+
+    Raises:
+        ImportError: a module of PLAINDET_PROJECTS cannot be imported.
+    """
+    for module in filter(None, os.environ.get(PROJECTS_VARIABLE, "").split(",")):
+        try:
+            importlib.import_module(module.strip())
+        except ImportError as error:
+            raise ImportError(f"{PROJECTS_VARIABLE} names {module}: {error}") from error
+    for add_config in _registered:
+        add_config(cfg)
+
 
 def read_config(
     config_file: str | os.PathLike,
     overrides: Sequence[str] = (),
     add_configs: Sequence[Callable[[CfgNode], None]] = (),
 ) -> CfgNode:
-    """Reads a config with the keys of Detectron2 and plaindet, and registers the data sets of its
-    DATASETS.COCO_FORMAT.
+    """Reads a config with the keys of Detectron2, plaindet and :func:`register_config`, and
+    registers the data sets of its DATASETS.COCO_FORMAT.
 
     Args:
         config_file: yaml.
         overrides: KEY VALUE pairs.
-        add_configs: the functions that add the keys of methods, as `add_labelenc_config`.
+        add_configs: the functions that add further keys, those of methods, as
+            `add_labelenc_config`.
 
     Raises:
         ValueError: the file has a yaml tag that runs code.
@@ -38,7 +73,7 @@ def merge_config(
 ) -> CfgNode:
     """As :func:`read_config`, without the data sets, which are not needed to build a detector."""
     cfg = get_cfg()
-    for add_config in (add_plaindet_config, *add_configs):
+    for add_config in (add_plaindet_config, add_registered_configs, *add_configs):
         add_config(cfg)
     cfg = RelativePathsCfgNode(cfg)
     try:

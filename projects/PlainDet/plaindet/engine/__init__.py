@@ -1,6 +1,6 @@
 from .best import BestCheckpointer
 from .checkpointer import PlainCheckpointer
-from .checks import check_num_classes, check_teacher_classes
+from .checks import check_datasets, check_device, check_num_classes, check_teacher_classes
 from .finite import FiniteLosses
 from .optimizer import build_optimizer
 from .plain_config import write_plain_config

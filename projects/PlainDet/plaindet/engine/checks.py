@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import ROIHeads
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from plaindet.data import explained_errors
@@ -80,11 +82,42 @@ def check_teacher_classes(teacher: Teacher, cfg: CfgNode) -> None:
             )
 
 
-def check_precision(cfg: CfgNode) -> None:
+def check_datasets(key: str, dataset_names: Sequence[str]) -> None:
+    """
+    Args:
+        key: of the config, which names these data sets.
+
+    Raises:
+        ValueError: one of them is not registered.
+        FileNotFoundError: the annotations of one that Detectron2 knows are not there.
+    """
+    for name in dataset_names:
+        if name not in DatasetCatalog.list():
+            raise ValueError(
+                f"{key} names {name}, which is not registered. If it is in COCO format, give its "
+                f"files: DATASETS.COCO_FORMAT \"[['{name}', '<json file>', '<image folder>']]\". "
+                "Otherwise import the module that registers it"
+            )
+        json_file = MetadataCatalog.get(name).get("json_file")
+        if json_file is not None and not PathManager.isfile(json_file):
+            raise FileNotFoundError(
+                f"{key} names {name}, whose annotations {json_file} do not exist (from "
+                f"{os.getcwd()}). Detectron2 looks for COCO and its other built-in data sets in "
+                "the folder $DETECTRON2_DATASETS, by default ./datasets; files elsewhere can be "
+                "given by DATASETS.COCO_FORMAT"
+            )
+
+
+def check_device(cfg: CfgNode) -> None:
     """
     Raises:
-        ValueError: mixed precision is asked for on the CPU, where Detectron2's AMPTrainer cannot.
+        ValueError: there is no such device, or mixed precision is asked for on the CPU, where
+            Detectron2's AMPTrainer cannot.
     """
+    if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but PyTorch finds no GPU: set MODEL.DEVICE cpu"
+        )
     if cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type != "cuda":
         raise ValueError(
             f"SOLVER.AMP.ENABLED needs a GPU, but MODEL.DEVICE is {cfg.MODEL.DEVICE}: set "

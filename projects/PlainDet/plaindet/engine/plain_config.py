@@ -6,7 +6,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY
 from torch import nn
 
-from plaindet.config import add_plaindet_config
+from plaindet.config import add_plaindet_config, add_registered_configs
 from plaindet.files import write_atomically
 from plaindet.modeling import TrainingOnlyModules, is_training_only
 
@@ -17,11 +17,18 @@ def write_plain_config(cfg: CfgNode, model: nn.Module) -> None:
     """Writes `OUTPUT_DIR/plain_config.yaml`: the config of the plain detector that the run trains,
     with the keys of Detectron2 alone, so that Detectron2 without this project evaluates, exports
     or fine-tunes the run's checkpoints (the latter with a SOLVER of its own, where that has options
-    of plaindet). With plaindet's keys too where the detector has parts of plaindet."""
-    plain = get_cfg()
+    of plaindet). With plaindet's keys too where the detector has parts of plaindet, and with those
+    of :func:`plaindet.register_config`.
+
+    It has what differs from the defaults, as the configs of Detectron2, so that other versions of
+    Detectron2, which have other keys, read it too.
+    """
+    defaults = get_cfg()
+    add_registered_configs(defaults)
     if _needs_plaindet(cfg, model):
-        add_plaindet_config(plain)
-    _copy_known_keys(cfg, plain)
+        add_plaindet_config(defaults)
+    plain = _differences(cfg, defaults)
+    plain.VERSION = defaults.VERSION
     if isinstance(model, TrainingOnlyModules):
         plain.MODEL.META_ARCHITECTURE = model.plain_class().__name__
     text = plain.dump().encode()
@@ -36,9 +43,14 @@ def _needs_plaindet(cfg: CfgNode, model: nn.Module) -> bool:
     return any(part.__module__.startswith("plaindet.") for part in parts)
 
 
-def _copy_known_keys(source: CfgNode, target: CfgNode) -> None:
-    for key in target:
-        if isinstance(target[key], CfgNode):
-            _copy_known_keys(source[key], target[key])
-        else:
-            target[key] = source[key]
+def _differences(cfg: CfgNode, defaults: CfgNode) -> CfgNode:
+    """The keys of `defaults` that have other values in a config."""
+    differences = CfgNode()
+    for key, default in defaults.items():
+        value = cfg[key]
+        if isinstance(default, CfgNode):
+            value = _differences(value, default)
+            default = CfgNode()
+        if value != default:
+            differences[key] = value
+    return differences

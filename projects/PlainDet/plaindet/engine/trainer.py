@@ -33,7 +33,7 @@ from plaindet.modeling import keep_training_only
 from plaindet.signals import ignore_preemption
 
 from .checkpointer import PlainCheckpointer
-from .checks import check_num_classes, check_precision
+from .checks import check_datasets, check_device, check_num_classes
 from .finite import FiniteLosses
 from .optimizer import build_optimizer
 from .plain_config import write_plain_config
@@ -66,7 +66,9 @@ class PlainTrainer(DefaultTrainer):
             cfg = _with_seed(cfg, comm.shared_random_seed())
             logger.info(f"Using the random seed {cfg.SEED}")
 
-        check_precision(cfg)
+        check_device(cfg)
+        check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
+        check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
         model = self.build_model(cfg)
         check_num_classes(model, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
         optimizer = self.build_optimizer(cfg, model)

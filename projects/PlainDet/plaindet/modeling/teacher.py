@@ -14,6 +14,8 @@ from plaindet.config import merge_config
 from plaindet.loading import SafeCheckpointer
 from plaindet.messages import some_of
 
+_REMEDY = "The config of a teacher is the plain_config.yaml beside its checkpoint"
+
 
 class Teacher:
     """A frozen detector in eval mode.
@@ -28,12 +30,29 @@ class Teacher:
         """
         Args:
             model: a Detectron2 detector with a `backbone` and `preprocess_image`.
-            input_format: the channel order of its images, "BGR" or "RGB".
+            input_format: of its images, as INPUT.FORMAT: the order of the channels, or a colour
+                space.
             train_datasets: the names of the data sets it was trained on, if they are known.
         """
         self.model = model.eval().requires_grad_(False)
         self.input_format = input_format
         self.train_datasets = train_datasets
+
+    def check_input_format(self, input_format: str) -> None:
+        """
+        Args:
+            input_format: of the student's images.
+
+        Raises:
+            ValueError: they cannot be turned into the teacher's.
+        """
+        formats = {input_format, self.input_format}
+        if len(formats) > 1 and formats != {"BGR", "RGB"}:
+            raise ValueError(
+                f"The teacher was trained on images in {self.input_format}, the student's are in "
+                f"{input_format}, and only BGR and RGB can be turned into each other: set the "
+                f"student's INPUT.FORMAT {self.input_format}"
+            )
 
     @torch.no_grad()
     def features(
@@ -43,7 +62,7 @@ class Teacher:
 
         Args:
             batched_inputs: the student's, with "image" (3, H, W).
-            input_format: the channel order of these images.
+            input_format: of these images, see :meth:`check_input_format`.
             device: of the student, to which the teacher moves.
         """
         if self.model.device != device:
@@ -57,15 +76,16 @@ def build_teacher(node: CfgNode, device: str, key: str) -> Teacher:
     """Builds a teacher with its trained weights.
 
     Args:
-        node: CONFIG_FILE, a config with the keys of Detectron2 and plaindet; WEIGHTS, or the
-            config's MODEL.WEIGHTS if empty; OPTS, overrides of the config as KEY VALUE pairs.
+        node: CONFIG_FILE, a config with the keys of Detectron2, plaindet and
+            :func:`plaindet.register_config`; WEIGHTS, or the config's MODEL.WEIGHTS if empty; OPTS,
+            overrides of the config as KEY VALUE pairs.
         device: where to put it.
         key: of the node, for messages.
 
     Raises:
         FileNotFoundError: a file that does not exist.
-        ValueError: no file is given, the config has keys of a method, or the weights are not those
-            of the config's detector.
+        ValueError: no file is given, the config has unknown keys or those of a method, or the
+            weights are not those of the config's detector.
     """
     _check_file(node.CONFIG_FILE, f"{key}.CONFIG_FILE")
     try:
@@ -73,13 +93,20 @@ def build_teacher(node: CfgNode, device: str, key: str) -> Teacher:
     except KeyError as error:
         raise ValueError(
             f"{key}.CONFIG_FILE: {node.CONFIG_FILE} is not the config of a plain detector "
-            f"({error.args[0]}). That of a training run is plain_config.yaml in its OUTPUT_DIR"
+            f"({error.args[0]}). {_REMEDY}. The keys of a project of yours become known by "
+            "plaindet.register_config; those of another version of Detectron2 have to be removed"
         ) from error
     cfg.MODEL.DEVICE = device
     weights = node.WEIGHTS or cfg.MODEL.WEIGHTS
     _check_file(weights, f"{key}.WEIGHTS")
-    model = build_model(cfg)
-    CompleteCheckpointer(model).load(weights)
+    try:
+        model = build_model(cfg)
+        CompleteCheckpointer(model).load(weights)
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"{key}: cannot build the teacher of {node.CONFIG_FILE} with {weights}: "
+            f"{type(error).__name__}: {error}. {_REMEDY}"
+        ) from error
     return Teacher(model, cfg.INPUT.FORMAT, cfg.DATASETS.TRAIN)
 
 
