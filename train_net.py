@@ -7,11 +7,21 @@ Exit codes: 0, done; 75, preempted by SIGTERM or SIGUSR1 with a checkpoint, go o
 1, an error; 2, wrong options.
 """
 
+import os
+import warnings
 from contextlib import nullcontext
+
+# Threads that wait for each other should not keep the data loader's workers and other processes off
+# the cores. PyTorch reads it when it is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Of calls inside Detectron2 and fvcore, which nobody here can change.
+for message in ("`torch.jit.script", "torch.meshgrid", "`broadcast_buffers`"):
+    warnings.filterwarnings("ignore", message)
 
 from plaindet import read_config  # first, since it says so where Detectron2 is missing
 
 # isort: split
+import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
@@ -41,6 +51,8 @@ def setup(args) -> CfgNode:
     """The config of the command line, with its data sets registered."""
     cfg = read_config(args.config_file, args.opts, ADD_CONFIGS)
     cfg.freeze()
+    if args.num_gpus > 1 and cfg.MODEL.DEVICE == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // args.num_gpus))
     default_setup(cfg, args)  # which sets up the loggers of Detectron2 alone
     for package in ("plaindet", "labelenc", "crosskd"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=package)
