@@ -117,7 +117,11 @@ def build_train_stream(cfg: CfgNode, mapper: DatasetMapper) -> TrainStream:
             processes, or the data set has no order.
     """
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-    # From the seed samplers draw their own.
+    # From the seed samplers draw their own. In newer versions of Detectron2 one takes that of the
+    # config as it is, and -1 would be a fixed order.
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SEED = seed
     with seeded(seed), explained_errors(cfg.DATASETS.TRAIN):
         arguments = build_detection_train_loader.from_config(cfg, mapper=mapper)
     images = arguments["dataset"]
