@@ -137,6 +137,10 @@ def test_cross_head_predictions(make_trainer, position, monkeypatch):
     options = (POSITION, position, NUM_CONV, 1, "MODEL.RESNETS.NORM", "FrozenBN")
     trainer = make_trainer("faster_rcnn", *options, teacher=[NUM_CONV, 1])
     model, batch = trainer.model, next(iter(trainer.data_loader))
+    if position > 0:
+        # The ReLU leaves all channels alive. The deviation of one that is positive in a single
+        # region is near the epsilon, which the alignment's fused kernel puts in another place.
+        torch.nn.init.constant_(getattr(model.roi_heads.box_head, LAYERS[position - 1]).bias, 2.0)
     seen = []
     original = model.distillation_losses
     monkeypatch.setattr(
