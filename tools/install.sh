@@ -15,7 +15,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 DETECTRON2=${DETECTRON2:-}
-pip_install() { "$PYTHON" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"; }
+pip_loudly() { "$PYTHON" -m pip install --disable-pip-version-check -c constraints.txt "$@"; }
+pip_install() { pip_loudly --quiet "$@"; }
 
 # Detectron2's setup.py imports torch, so torch comes first.
 pip_install torch torchvision numpy "setuptools<81" wheel
@@ -27,7 +28,8 @@ pip_install fvcore "iopath<0.1.10" "omegaconf<2.4" hydra-core pycocotools opencv
 if [ -n "$DETECTRON2" ]; then
     echo "Installing Detectron2 from $DETECTRON2"
     pip_install ninja
-    pip_install --no-deps --no-build-isolation --force-reinstall "$DETECTRON2"
+    # From source the C++ extension compiles for many minutes, which should not look like a hang.
+    pip_loudly --verbose --no-deps --no-build-isolation --force-reinstall "$DETECTRON2"
 elif "$PYTHON" -c "import detectron2" 2>/dev/null; then
     echo "Keeping the installed Detectron2"
 else
