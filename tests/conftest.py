@@ -1,3 +1,4 @@
+import gc
 import json
 import logging
 from pathlib import Path
@@ -15,6 +16,23 @@ from plaindet.data import find_coco_folder, register_coco_format
 
 REPOSITORY = Path(__file__).parent.parent
 CLASSES = ["red", "green", "blue"]
+
+
+def pytest_collection_finish():
+    """All that is imported stays. What looks for garbage after every test need not pass through it,
+    which takes longer than most tests."""
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol():
+    """A trainer and its hooks refer to each other, so it lives on with its models until Python
+    looks for garbage. By itself it does so by the number of objects, of which these are few: the
+    tests then need gigabytes."""
+    try:
+        return (yield)
+    finally:
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)

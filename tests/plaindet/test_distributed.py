@@ -7,6 +7,8 @@ GN take their place), and CrossKD's alignment of features, as in the original (s
 other losses and strategy "mimicking" follow).
 """
 
+import gc
+
 import pytest
 import torch
 from detectron2.engine import launch
@@ -65,13 +67,22 @@ def losses_and_gradients(cfg, distance_enabled):
     return comm.reduce_dict({k: v.detach() for k, v in losses.items()}), gradients
 
 
+def save_all(cfgs, folder):
+    """A file for each case, since all gradients together take gigabytes."""
+    for i, (cfg, case) in enumerate(zip(cfgs, CASES)):
+        losses, gradients = losses_and_gradients(cfg, case[2])
+        if comm.is_main_process():
+            torch.save((losses, gradients if case[3] is ALL else {}), f"{folder}/{i}.pth")
+        del gradients
+        gc.collect()  # the trainer
+
+
 @ending_process_group()
-def compute_all(cfgs, path):
+def save_all_of_a_process(cfgs, folder):
+    gc.freeze()  # what is imported, as tests/conftest.py does it
     torch.set_num_threads(1)
     register_coco_format(cfgs[0].DATASETS.COCO_FORMAT)
-    results = [losses_and_gradients(cfg, case[2]) for cfg, case in zip(cfgs, CASES)]
-    if comm.is_main_process():
-        torch.save(results, path)
+    save_all(cfgs, folder)
 
 
 @pytest.fixture(autouse=True)
@@ -84,14 +95,16 @@ def _one_thread():
 
 
 @pytest.fixture(scope="module")
-def results():
-    return {}
+def folders(tmp_path_factory):
+    return [tmp_path_factory.mktemp(name) for name in ("two", "one")]
 
 
 @pytest.fixture
-def both_results(make_method_cfg, tmp_path, results):
-    """The results of all cases of two processes, in one launch, and of one process."""
-    if not results:
+def load_results(make_method_cfg, folders):
+    """Returns a function that loads the results of a case, of two processes and of one. All are
+    computed first, those of the two processes in one launch."""
+    two, one = folders
+    if not any(one.iterdir()):
         cfgs = [
             make_method_cfg(
                 method,
@@ -105,17 +118,15 @@ def both_results(make_method_cfg, tmp_path, results):
             )
             for method, detector, _, _, more in CASES
         ]
-        path = str(tmp_path / "results.pth")
-        launch(compute_all, num_gpus_per_machine=2, dist_url="auto", args=(cfgs, path))
-        results["two"] = torch.load(path, weights_only=True)
-        results["one"] = [losses_and_gradients(cfg, case[2]) for cfg, case in zip(cfgs, CASES)]
-    return results["two"], results["one"]
+        launch(save_all_of_a_process, 2, dist_url="auto", args=(cfgs, str(two)))
+        save_all(cfgs, one)
+    return lambda case: [torch.load(f / f"{case}.pth", weights_only=True) for f in folders]
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=NAMES)
-def test_two_processes_follow_one(case, both_results):
+def test_two_processes_follow_one(case, load_results):
     following = CASES[case][3]
-    (losses, gradients), (expected_losses, expected_gradients) = (x[case] for x in both_results)
+    (losses, gradients), (expected_losses, expected_gradients) = load_results(case)
     assert losses.keys() == expected_losses.keys()
     assert (following or set()) <= losses.keys()
     for name in following or losses:
@@ -128,10 +139,10 @@ def test_two_processes_follow_one(case, both_results):
             torch.testing.assert_close(gradients[name], expected, rtol=0, atol=1e-5 * (1 + scale))
 
 
-def test_retinanets_own_losses(both_results):
+def test_retinanets_own_losses(load_results):
     """What is left out above, and why."""
     (case,) = (i for i, x in enumerate(CASES) if x[:2] == ("crosskd", "retinanet"))
-    losses, expected = (x[case][0] for x in both_results)
+    losses, expected = (x[0] for x in load_results(case))
     assert set(expected) - KD == {"loss_cls", "loss_box_reg"}
     # The normalisers start at 100 for two images as for four, and move by a tenth.
     assert (losses["loss_cls"] / expected["loss_cls"]).item() == pytest.approx(0.5, rel=0.05)
