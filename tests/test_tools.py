@@ -19,7 +19,12 @@ from plaindet import read_config
 from plaindet.data.shapes import SHAPES_CLASSES
 from plaindet.engine import check_num_classes
 from plaindet.engine.checks import thing_classes
-from plaindet.pictures import DPI, PANEL_INCHES, detections_picture, save_sheet
+from plaindet.pictures import (
+    PICTURE_WIDTH,
+    ClassColors,
+    detections_picture,
+    save_sheet,
+)
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = REPOSITORY / "configs"
@@ -121,10 +126,10 @@ def call(monkeypatch):
     def run(name, *arguments):
         tool, sheets = import_module(name), []
 
-        def save(path, rows):
-            save_sheet(path, rows)
+        def save(path, rows, legend=None):
+            save_sheet(path, rows, legend)
             sheet = cv2.imread(str(path))
-            assert sheet.shape[1] == PANEL_INCHES * DPI * max(len(row) for row in rows)
+            assert sheet.shape[1] == PICTURE_WIDTH * max(len(row) for row in rows)
             sheets.append(rows)
 
         monkeypatch.setattr(tool, "save_sheet", save)
@@ -220,22 +225,26 @@ def test_visualize_distillation(runs, call, tmp_path):
     bgr = cv2.imread(file)
     instances = DefaultPredictor(cfg)(bgr)["instances"]
     assert len(instances) > 0
-    expected = detections_picture(bgr[..., ::-1], instances, ["red", "green", "blue"], 0.0)
+    colors = ClassColors(["red", "green", "blue"])
+    for annotation in DatasetCatalog.get("tiny_val")[0]["annotations"]:  # drawn first
+        colors(annotation["category_id"])
+    expected = detections_picture(bgr[..., ::-1], instances, colors)
     assert (rows[0][1][1] == expected).all()
 
     (((image, *pictures),),) = call("visualize_distillation", "--images", file, *options)
     assert image[0] == "image"
     assert (image[1] == bgr[..., ::-1]).all()
-    assert (pictures[0][1] == expected).all()
+    colors = ClassColors(["red", "green", "blue"])
+    assert (pictures[0][1] == detections_picture(bgr[..., ::-1], instances, colors)).all()
 
 
 def test_ground_truth_with_masks_that_are_no_polygons():
     dataset_dict = DatasetCatalog.get("shapes_val")[0]
     ((title, picture),) = import_module("visualize_distillation").draw_row(
-        dataset_dict, [], SHAPES_CLASSES
+        dataset_dict, [], ClassColors(SHAPES_CLASSES), None
     )
     assert title == "ground truth"
-    assert picture.shape[1] == 480
+    assert picture.shape[1] == PICTURE_WIDTH
 
 
 @pytest.mark.parametrize("tool", ["visualize_features", "visualize_label_maps"])

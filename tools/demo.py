@@ -22,10 +22,17 @@ from labelenc import add_labelenc_config
 from labelenc.pictures import draw_encoding, draw_features, label_map_picture, picture_mapper
 from plaindet import keep_training_only, read_config
 from plaindet.engine.checks import thing_classes
-from plaindet.pictures import detections_picture, ground_truth_picture, save_sheet
+from plaindet.pictures import (
+    ClassColors,
+    best_detections,
+    detections_picture,
+    ground_truth_picture,
+    save_sheet,
+)
 
 from demo_runs import (
     CONFIGS,
+    DETECTIONS_CAPTION,
     dataset_overrides,
     parse_args,
     pictured_images,
@@ -40,7 +47,6 @@ RUNS = {
     "step2": "retinanet_R_18_labelenc_step2.yaml",
 }
 TITLES = {"baseline": "baseline", "step1": "LabelEnc step 1", "step2": "LabelEnc step 2"}
-SCORE_THRESHOLD = 0.3
 # The finest level: on images this small it has the size that the paper's second level has there.
 LEVEL = "p3"
 
@@ -72,7 +78,7 @@ def draw_pictures(output: Path, cfgs: dict[str, CfgNode]) -> None:
     """Label maps, feature maps as in Fig. 3 of the paper, and detections of validation images."""
     cfg = cfgs["step2"]
     mapper = picture_mapper(cfg)
-    class_names = thing_classes(cfg.DATASETS.TEST[0])
+    colors = ClassColors(thing_classes(cfg.DATASETS.TEST[0]))
     models = {TITLES[name]: load_model(cfgs[name]) for name in RUNS}
     label_encoder = models[TITLES["step2"]].label_encoder
 
@@ -84,23 +90,25 @@ def draw_pictures(output: Path, cfgs: dict[str, CfgNode]) -> None:
         label_maps.append([("image", image), ("label map", label_map_picture(image, label_map))])
 
         features.append([("image", image)])
-        truth = ground_truth_picture(image, inputs["instances"], class_names)
+        truth = ground_truth_picture(image, inputs["instances"], colors)
         detections.append([("ground truth", truth)])
         for title, model in models.items():
             features[-1].append((title, draw_features(model, inputs, [LEVEL])[0]))
-            detections[-1].append((title, draw_detections(model, inputs, image, class_names)))
+            detections[-1].append((title, draw_detections(model, inputs, image, colors)))
         encoding = draw_encoding(label_encoder, label_map, [LEVEL])[0]
         features[-1].append(("label encoding h(y)", encoding))
 
     save_sheet(output / "label_maps.png", label_maps)
     save_sheet(output / "features.png", features)
-    save_sheet(output / "detections.png", detections)
+    save_sheet(output / "detections.png", detections, colors.legend())
 
 
-def draw_detections(model, inputs, image, class_names):
+def draw_detections(model, inputs, image, colors):
     height, width = inputs["image"].shape[-2:]
+    number = len(inputs["instances"])
     inputs = {"image": inputs["image"], "height": height, "width": width}
-    return detections_picture(image, model([inputs])[0]["instances"], class_names, SCORE_THRESHOLD)
+    instances = model([inputs])[0]["instances"]
+    return detections_picture(image, best_detections(instances, number), colors)
 
 
 def write_report(output: Path, cfgs: dict[str, CfgNode]) -> Path:
@@ -146,7 +154,7 @@ The intensity of the features at level {LEVEL} (L2 norm of each position) as in 
 of the three detectors, and of the label encoding h(y) that step 2 is supervised with.
 
 ![detections](detections.png)
-Detections with a score above {SCORE_THRESHOLD}.
+{DETECTIONS_CAPTION}
 """
     )
     return report

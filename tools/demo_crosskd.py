@@ -10,15 +10,17 @@ remove the output folder to start anew.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from crosskd import add_crosskd_config
 from plaindet import read_config
 from plaindet.engine.checks import thing_classes
-from plaindet.pictures import save_sheet
+from plaindet.pictures import ClassColors, best_detections, save_sheet
 
 from demo_runs import (
     CONFIGS,
+    DETECTIONS_CAPTION,
     dataset_overrides,
     parse_args,
     pictured_images,
@@ -27,7 +29,7 @@ from demo_runs import (
     train,
 )
 from detectors import load_model
-from visualize_distillation import SCORE_THRESHOLD, draw_row
+from visualize_distillation import draw_row, objects_of
 
 DETECTORS = {
     "gfl": "GFL",
@@ -62,9 +64,12 @@ def draw_pictures(output: Path, cfgs: dict) -> None:
         for name, cfg in cfgs.items()
     ]
     cfg = cfgs["student"]
-    class_names = thing_classes(cfg.DATASETS.TEST[0])
-    rows = [draw_row(image, detectors, class_names) for image in pictured_images(cfg)]
-    save_sheet(output / "detections.png", rows)
+    colors = ClassColors(thing_classes(cfg.DATASETS.TEST[0]))
+    rows = []
+    for image in pictured_images(cfg):
+        choose = functools.partial(best_detections, number=len(objects_of(image)))
+        rows.append(draw_row(image, detectors, colors, choose))
+    save_sheet(output / "detections.png", rows, colors.legend())
 
 
 def write_report(output: Path, cfgs: dict, detector: str) -> Path:
@@ -98,7 +103,7 @@ shorter than the schedules of the paper.
 ## Pictures
 
 ![detections](detections.png)
-Detections with a score above {SCORE_THRESHOLD}.
+{DETECTIONS_CAPTION}
 """
     )
     return report

@@ -19,6 +19,10 @@ from plaindet.engine.checks import thing_classes
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = REPOSITORY / "configs" / "quick"
 NUM_PICTURES = 4
+# No threshold of the score suits a detector after a few hundred iterations as well as one after a
+# few thousand.
+DETECTIONS_CAPTION = """In each image as many detections as it has objects, those with the highest
+scores (the numbers, in percent)."""
 
 
 def parse_args(description: str, output: str, add_arguments=lambda parser: None):

@@ -8,47 +8,58 @@
         [--score-threshold S] --output sheet.png [KEY VALUE ...]
 
 The sheet has a row for each image: its ground truth (where it has one), then each checkpoint's
-detections with a score above the threshold. A checkpoint with another config than --config-file is
-given as NAME=CONFIG.yaml:WEIGHTS.
+detections with a score above the threshold, with their scores in percent. A checkpoint with another
+config than --config-file is given as NAME=CONFIG.yaml:WEIGHTS.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import annotations_to_instances, read_image
+from detectron2.structures import Instances
 
 from plaindet.engine.checks import thing_classes
-from plaindet.pictures import detections_picture, ground_truth_picture, save_sheet
+from plaindet.pictures import (
+    ClassColors,
+    detections_picture,
+    ground_truth_picture,
+    save_sheet,
+)
 
 from detectors import add_detector_arguments, choose_images, load_model, read_cfg
-
-SCORE_THRESHOLD = 0.3
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_detector_arguments(parser)
-    parser.add_argument("--score-threshold", type=float, default=SCORE_THRESHOLD)
+    parser.add_argument("--score-threshold", type=float, default=0.3, help="(0.3)")
     parser.add_argument("--output", required=True, help="the sheet, a png")
     return parser.parse_args()
+
+
+def above_threshold(score_threshold: float) -> Callable[[Instances], Instances]:
+    return lambda instances: instances[instances.scores > score_threshold]
 
 
 @torch.no_grad()
 def draw_row(
     dataset_dict: dict,
     detectors: list[tuple],
-    class_names: list[str],
-    score_threshold: float = SCORE_THRESHOLD,
+    colors: ClassColors,
+    choose: Callable[[Instances], Instances],
 ) -> list[tuple]:
     """The titles and pictures of an image.
 
     Args:
         dataset_dict: of the image, with its annotations or without.
         detectors: (name, model, config) of each.
+        colors: of the sheet.
+        choose: returns the detections to draw of those of a detector.
     """
     image = read_image(dataset_dict["file_name"], "RGB")
     row = [("image", image)]
@@ -56,18 +67,22 @@ def draw_row(
         # Boxes alone are drawn, and masks may be of any format.
         objects = [
             {key: x[key] for key in ("bbox", "bbox_mode", "category_id")}
-            for x in dataset_dict["annotations"]
-            if not x.get("iscrowd")
+            for x in objects_of(dataset_dict)
         ]
         truth = annotations_to_instances(objects, image.shape[:2])
-        row = [("ground truth", ground_truth_picture(image, truth, class_names))]
+        row = [("ground truth", ground_truth_picture(image, truth, colors))]
     for name, model, cfg in detectors:
         # Each with the image size and the channel order of its own config.
         inputs = DatasetMapper(cfg, is_train=False)(dataset_dict)
         inputs["height"], inputs["width"] = image.shape[:2]
-        instances = model([inputs])[0]["instances"]
-        row.append((name, detections_picture(image, instances, class_names, score_threshold)))
+        instances = choose(model([inputs])[0]["instances"].to("cpu"))
+        row.append((name, detections_picture(image, instances, colors)))
     return row
+
+
+def objects_of(dataset_dict: dict) -> list[dict]:
+    """The annotations of an image that are objects, and no crowds."""
+    return [x for x in dataset_dict["annotations"] if not x.get("iscrowd")]
 
 
 def main():
@@ -77,11 +92,11 @@ def main():
     for name, config, weights in args.weights:
         detector_cfg = read_cfg(config, args.opts) if config else cfg
         detectors.append((name, load_model(detector_cfg, weights)[0], detector_cfg))
-    class_names = thing_classes(args.dataset or cfg.DATASETS.TEST[0])
-    images = choose_images(args, cfg)
-    rows = [draw_row(image, detectors, class_names, args.score_threshold) for image in images]
+    colors = ClassColors(thing_classes(args.dataset or cfg.DATASETS.TEST[0]))
+    choose = above_threshold(args.score_threshold)
+    rows = [draw_row(image, detectors, colors, choose) for image in choose_images(args, cfg)]
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    save_sheet(args.output, rows)
+    save_sheet(args.output, rows, colors.legend())
     print(args.output)
 
 

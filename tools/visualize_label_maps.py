@@ -21,7 +21,7 @@ from detectron2.utils.env import seed_all_rng
 from labelenc import LabelMap
 from labelenc.pictures import label_map_picture, picture_mapper
 from plaindet.engine.checks import thing_classes
-from plaindet.pictures import ground_truth_picture, save_sheet
+from plaindet.pictures import ClassColors, ground_truth_picture, save_sheet
 
 from detectors import choose_dataset, read_cfg
 
@@ -41,13 +41,13 @@ def parse_args():
     return parser.parse_args()
 
 
-def draw_panels(cfg: CfgNode, inputs: dict, class_names: list[str]) -> list[tuple]:
+def draw_panels(cfg: CfgNode, inputs: dict, colors: ClassColors) -> list[tuple]:
     """The titles and pictures of the image of the mapper's `inputs`."""
     image = convert_image_to_rgb(inputs["image"].permute(1, 2, 0), cfg.INPUT.FORMAT)
     label_map, kind = inputs["label_map"], cfg.MODEL.LABELENC.LABEL_MAP
-    truth = ground_truth_picture(image, inputs["instances"], class_names, masks=kind == "masks")
+    truth = ground_truth_picture(image, inputs["instances"], colors, masks=kind == "masks")
     panels = [(kind, truth), ("label map, all classes", label_map_picture(image, label_map))]
-    for i, name in enumerate(class_names[c] for c in label_map.classes):
+    for i, name in enumerate(colors.class_names[c] for c in label_map.classes):
         plane = LabelMap(label_map.classes[i : i + 1], label_map.values[i : i + 1])
         panels.append((name, label_map_picture(image, plane)))
     return panels
@@ -63,11 +63,13 @@ def main():
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     for number, dataset_dict in enumerate(annotated[: args.images]):
-        panels = draw_panels(cfg, mapper(dataset_dict), thing_classes(dataset))
+        colors = ClassColors(thing_classes(dataset))
+        panels = draw_panels(cfg, mapper(dataset_dict), colors)
         path = output / f"{number}_{Path(dataset_dict['file_name']).stem}.png"
         save_sheet(
             path,
             [panels[i : i + PANELS_IN_A_ROW] for i in range(0, len(panels), PANELS_IN_A_ROW)],
+            colors.legend(),
         )
         print(path)
 
