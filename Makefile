@@ -45,7 +45,7 @@ format: $(STAMP)  ## format the code
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-demo: $(STAMP)  ## baseline, LabelEnc step 1 and step 2, and a report (DATASET=<COCO-format folder>)
+demo: $(STAMP)  ## LabelEnc, three baselines, and a report (DATASET=<COCO-format folder>)
 	$(PYTHON) tools/demo.py $(if $(DATASET),--dataset "$(DATASET)")
 
 demo-crosskd: $(STAMP)  ## teacher, student and CrossKD, and a report (DATASET=<folder>)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog
-from detectron2.engine import DefaultPredictor
+from detectron2.engine import DefaultPredictor, default_argument_parser
 from detectron2.modeling import build_model
 
 import train_net
@@ -30,37 +30,85 @@ REPOSITORY = Path(__file__).parent.parent
 CONFIGS = REPOSITORY / "configs"
 
 
-@pytest.mark.parametrize(
-    ("name", "last_row"),
-    [
-        ("demo", "LabelEnc, step 2 | 5 | 10"),
-        ("demo_crosskd", "student with CrossKD | 5 | 10"),
-    ],
-)
-def test_demo(tiny_data, tmp_path, monkeypatch, capfd, name, last_row):
-    """From a COCO-format folder to the report; a second call trains nothing again."""
-    demo = import_module(name)
+ROWS = {
+    "demo": (
+        "baseline",
+        "baseline, twice the iterations",
+        "baseline, iterations of both steps",
+        "LabelEnc, step 1 (its image branch)",
+        "LabelEnc, step 2",
+    ),
+    "demo_crosskd": ("teacher", "student alone", "student with CrossKD"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_demo(tiny_data, tmp_path, monkeypatch, name):
+    """From a COCO-format folder to the report, with trainings of a few iterations in this process
+    (test_demo.py has those in processes of their own)."""
+    demo, demo_training = import_module(name), import_module("demo_training")
     small = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"]
-    small += ["SOLVER.MAX_ITER", "5", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"]
+    small += ["SOLVER.MAX_ITER", "3", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"]
     real = demo.dataset_overrides
     monkeypatch.setattr(demo, "dataset_overrides", lambda *args: real(*args) + small)
+
+    def train(run, report):
+        options = ["--config-file", str(run.config), *run.overrides, "OUTPUT_DIR", str(run.folder)]
+        train_net.main(default_argument_parser().parse_args(options))
+        demo_training.write_record(run, is_finished=True)
+
+    monkeypatch.setattr(demo_training, "train", train)
     folder = Path(tiny_data[0][1]).parent.parent
     monkeypatch.setattr("sys.argv", [name, "--dataset", str(folder), "--output", str(tmp_path)])
     demo.main()
-    capfd.readouterr()
-    demo.main()
-    assert capfd.readouterr().out.count("is finished already") == len(demo.RUNS) == 3
-    # A data set of the same name elsewhere has the same folder.
-    small += ["SEED", "2"]
-    with pytest.raises(ValueError, match="remove the folder, or choose another --output"):
-        demo.main()
 
-    report = (tmp_path / "tiny" / "report.md").read_text()
-    number = r"(?:nan|[\d.]+)"
-    row = re.search(rf"\| {re.escape(last_row)} \|(?: {number} \|){{3}} ([\d.]+) \|", report)
-    assert float(row[1]) > 0  # seconds an iteration
+    output = tmp_path / "tiny"
+    report = (output / "report.md").read_text()
+    for row in ROWS[name]:
+        total = 6 if row in (ROWS[name][-1], "LabelEnc, step 2") else 3
+        pattern = rf"^\| {re.escape(row)} \| 3 \| {total} \|(?: [\d.]+ \|){{4}}$"
+        assert re.search(pattern, report, re.M), row
     for picture in re.findall(r"!\[.*\]\((.*)\)", report):
-        assert (tmp_path / "tiny" / picture).stat().st_size > 10_000, picture
+        assert (output / picture).stat().st_size > 10_000, picture
+    weights = [path.name for path in output.glob("*/*.pth")]
+    step1_file = ["label_encoder.pth"] if name == "demo" else []
+    assert sorted(weights) == step1_file + ["model_final.pth"] * len(ROWS[name])
+
+
+@pytest.mark.parametrize(
+    ("aps", "verdict"),
+    [
+        ((10, 20, 22, 18, 25), "LabelEnc gains more here than the same number"),
+        ((10, 20, 22, 18, 21), "are about as good here"),
+        ((10, 20, 24, 18, 21), "the plain detector gains more"),
+        ((10, 20, 22, 18, 11), "gains nothing"),
+    ],
+)
+def test_what_the_demo_says(aps, verdict):
+    """Step 2 is compared with all baselines, whichever way they come out."""
+    demo = import_module("demo")
+    text = demo.compare(dict(zip(demo.TITLES, map(float, aps))))
+    assert verdict in text
+    differences = re.findall(r"^\* ([\d.]+) AP (above|below) .* \(([\d.]+)\)", text, re.M)
+    assert [
+        (float(ap), float(difference) * (1 if direction == "above" else -1))
+        for difference, direction, ap in differences
+    ] == [(ap, aps[-1] - ap) for ap in aps[:-1]]
+
+
+def test_schedules_of_the_demo(read_cfg):
+    """The baselines have once and twice the iterations of step 2, and those of both steps, which
+    is clearly more; the learning rate falls at the same parts of all schedules."""
+    demo = import_module("demo")
+    solvers = {name: read_cfg(f"demo/{name}.yaml").SOLVER for name in demo.TITLES}
+    iterations = {name: solver.MAX_ITER for name, solver in solvers.items()}
+    step1, step2 = iterations["labelenc_step1"], iterations["labelenc_step2"]
+    assert iterations["baseline"] == step2
+    assert iterations["baseline_2x"] == 2 * step2
+    assert iterations["baseline_total"] == step1 + step2 >= 1.3 * iterations["baseline_2x"]
+    for solver in solvers.values():
+        steps = [step / solver.MAX_ITER for step in solver.STEPS]
+        assert steps == pytest.approx([0.8, 14 / 15], abs=0.002)
 
 
 def test_data_set_of_the_demos(tiny_data):

@@ -2,7 +2,7 @@
 """Trains a small teacher, its student alone and with CrossKD, and reports what came out.
 
     python tools/demo_crosskd.py [--detector gfl] [--dataset <COCO-format folder>]
-        [--output output/demo_crosskd]
+        [--output output/demo_crosskd] [--seed 1]
 
 Without --dataset it trains on the built-in set `shapes`. A run that was interrupted is continued;
 remove the output folder to start anew.
@@ -10,26 +10,12 @@ remove the output folder to start anew.
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
-from crosskd import add_crosskd_config
-from plaindet import read_config
-from plaindet.engine.checks import thing_classes
-from plaindet.pictures import ClassColors, best_detections, save_sheet
-
-from demo_runs import (
-    CONFIGS,
-    DETECTIONS_CAPTION,
-    dataset_overrides,
-    parse_args,
-    pictured_images,
-    read_metrics,
-    results_table,
-    train,
-)
-from detectors import load_model
-from visualize_distillation import draw_row, objects_of
+from demo_pictures import DETECTIONS_CAPTION, draw_detections, load_detectors, pictured_images
+from demo_runs import CONFIGS, Run, dataset_overrides, parse_args, read_ap, results_table
+from demo_training import train_all
+from detectors import read_cfg
 
 DETECTORS = {
     "gfl": "GFL",
@@ -39,47 +25,40 @@ DETECTORS = {
     "faster_rcnn": "Faster R-CNN",
     "mask_rcnn": "Mask R-CNN",
 }
-RUNS = {
+CONFIG_NAMES = {
     "teacher": "{}_R_34_teacher.yaml",
     "student": "{}_R_18_baseline.yaml",
     "crosskd": "{}_R_18_crosskd.yaml",
 }
 TITLES = {"teacher": "teacher", "student": "student alone", "crosskd": "student with CrossKD"}
+COSTS = {"teacher": 1.0, "student": 0.6, "crosskd": 0.9}
 
 
-def run_overrides(output: Path, name: str, dataset: list[str]) -> list[str]:
+def plan_runs(output: Path, detector: str, overrides: list[str]) -> dict[str, Run]:
+    """The runs by their names, in their order."""
     # The plain config that the teacher's run writes has the data set and its classes in it.
-    return [
-        *dataset,
-        *("OUTPUT_DIR", str(output / name)),
+    overrides = [
+        *overrides,
         *("MODEL.CROSSKD.TEACHER.CONFIG_FILE", str(output / "teacher" / "plain_config.yaml")),
         *("MODEL.CROSSKD.TEACHER.WEIGHTS", str(output / "teacher" / "model_final.pth")),
     ]
+    runs = {}
+    for name, title in TITLES.items():
+        config = CONFIGS / CONFIG_NAMES[name].format(detector)
+        iterations = total = read_cfg(config, overrides).SOLVER.MAX_ITER
+        if name == "crosskd":
+            total += runs["teacher"].iterations
+        runs[name] = Run(output / name, title, config, overrides, iterations, total, COSTS[name])
+    return runs
 
 
-def draw_pictures(output: Path, cfgs: dict) -> None:
-    """The detections of validation images, as in Fig. 2 of the supplement."""
-    detectors = [
-        (TITLES[name], load_model(cfg, str(output / name / "model_final.pth"))[0], cfg)
-        for name, cfg in cfgs.items()
-    ]
-    cfg = cfgs["student"]
-    colors = ClassColors(thing_classes(cfg.DATASETS.TEST[0]))
-    rows = []
-    for image in pictured_images(cfg):
-        choose = functools.partial(best_detections, number=len(objects_of(image)))
-        rows.append(draw_row(image, detectors, colors, choose))
-    save_sheet(output / "detections.png", rows, colors.legend())
-
-
-def write_report(output: Path, cfgs: dict, detector: str) -> Path:
+def write_report(output: Path, runs: dict[str, Run], detector: str) -> Path:
     """Writes report.md: the numbers, and what they can and cannot show."""
-    ap = {name: read_metrics(output / name)["bbox/AP"] for name in RUNS}
-    iterations = {name: cfg.SOLVER.MAX_ITER for name, cfg in cfgs.items()}
-    totals = {**iterations, "crosskd": iterations["teacher"] + iterations["crosskd"]}
+    ap = {name: read_ap(run)["AP"] for name, run in runs.items()}
+    iterations = {name: run.iterations for name, run in runs.items()}
     difference = ap["crosskd"] - ap["student"]
     direction = "above" if difference >= 0 else "below"
-    cfg = cfgs["student"]
+    cfg = read_cfg(runs["student"].config, runs["student"].overrides)
     report = output / "report.md"
     report.write_text(
         f"""# CrossKD on {cfg.DATASETS.TRAIN[0]}
@@ -87,7 +66,7 @@ def write_report(output: Path, cfgs: dict, detector: str) -> Path:
 A small {detector} (ResNet-18 from scratch, images of {cfg.INPUT.MIN_SIZE_TEST} px) and its teacher
 (ResNet-34), trained on `{cfg.DATASETS.TRAIN[0]}` and evaluated on `{cfg.DATASETS.TEST[0]}`.
 
-{results_table(output, TITLES, iterations, totals)}
+{results_table(list(runs.values()))}
 
 The student with CrossKD is {abs(difference):.1f} AP {direction} the student that was trained alone
 for as many iterations, and {abs(ap["crosskd"] - ap["teacher"]):.1f} AP
@@ -115,16 +94,12 @@ def add_arguments(parser) -> None:
 
 def main():
     args = parse_args(__doc__, "output/demo_crosskd", add_arguments)
-    detector = DETECTORS[args.detector]
-    dataset = dataset_overrides(args.dataset)
-    cfgs = {}
-    for name, config in RUNS.items():
-        config = config.format(args.detector)
-        overrides = run_overrides(args.output, name, dataset)
-        train(args.output / name, config, overrides)
-        cfgs[name] = read_config(CONFIGS / config, overrides, [add_crosskd_config])
-    draw_pictures(args.output, cfgs)
-    report = write_report(args.output, cfgs, detector)
+    overrides = [*dataset_overrides(args.dataset), "SEED", str(args.seed)]
+    runs = plan_runs(args.output, args.detector, overrides)
+    train_all(list(runs.values()))
+    images = pictured_images(read_cfg(runs["student"].config, overrides).DATASETS.TEST[0])
+    draw_detections(args.output / "detections.png", images, load_detectors(list(runs.values())))
+    report = write_report(args.output, runs, DETECTORS[args.detector])
     print(f"\n{report.read_text()}\nReport: {report}")
 
 

@@ -1,16 +1,15 @@
-"""What the demos of both methods share: training runs one after another, and a table of them."""
+"""What the demos of both methods share: their arguments, their runs, and a table of them."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
+import math
+import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog
 
 from plaindet import add_plaindet_config
 from plaindet.data import find_coco_folder, register_coco_format
@@ -18,11 +17,29 @@ from plaindet.engine.checks import thing_classes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = REPOSITORY / "configs" / "quick"
-NUM_PICTURES = 4
-# No threshold of the score suits a detector after a few hundred iterations as well as one after a
-# few thousand.
-DETECTIONS_CAPTION = """In each image as many detections as it has objects, those with the highest
-scores (the numbers, in percent)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training of a demo.
+
+    Args:
+        folder: of its output.
+        title: what it is, for tables and pictures.
+        config: a yaml file.
+        overrides: of the config, without OUTPUT_DIR.
+        iterations: of the training.
+        total: the iterations with those of the run that it starts from.
+        cost: of an iteration, as a ratio to one of the first run, to estimate the time left.
+    """
+
+    folder: Path
+    title: str
+    config: Path
+    overrides: list[str]
+    iterations: int
+    total: int
+    cost: float = 1.0
 
 
 def parse_args(description: str, output: str, add_arguments=lambda parser: None):
@@ -30,6 +47,7 @@ def parse_args(description: str, output: str, add_arguments=lambda parser: None)
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--dataset", help="folder in COCO format; default: the built-in shapes")
     parser.add_argument("--output", default=output)
+    parser.add_argument("--seed", type=int, default=1, help="of every run (1)")
     add_arguments(parser)
     args = parser.parse_args()
     args.output = Path(args.output) / (Path(args.dataset).resolve().name if args.dataset else "")
@@ -58,67 +76,37 @@ def dataset_overrides(folder: str | None) -> list[str]:
     ]
 
 
-def train(folder: Path, config: str, overrides: list[str]) -> None:
-    """Runs train_net.py into a folder. A run that was interrupted is continued, a finished one is
-    left as it is.
-
-    Raises:
-        ValueError: the folder has a run with other arguments.
-    """
-    record_file, arguments = folder / "demo.json", [config, *overrides]
-    if record_file.exists():
-        record = json.loads(record_file.read_text())
-        if record["arguments"] != arguments:
-            raise ValueError(
-                f"{folder} has a run of {record['arguments']}, expected {arguments}: remove the "
-                "folder, or choose another --output"
-            )
-        if record["is_finished"]:
-            print(f"{folder} is finished already", flush=True)
-            return
-    folder.mkdir(exist_ok=True)
-    record_file.write_text(json.dumps({"arguments": arguments, "is_finished": False}))
-    # Threads that wait for each other should not keep the data loader's workers off the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    command = [sys.executable, "-W", "ignore", str(REPOSITORY / "train_net.py"), "--resume"]
-    command += ["--config-file", str(CONFIGS / config), *overrides]
-    print(" ".join(command), flush=True)
-    subprocess.run(command, check=True)
-    record_file.write_text(json.dumps({"arguments": arguments, "is_finished": True}))
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.json; none before its first one."""
+    path = folder / "metrics.json"
+    metrics = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # it is being written, or the run was killed while it wrote it
+    return metrics
 
 
-def read_metrics(folder: Path) -> dict:
-    """The last value of every metric of a run."""
-    lines = (folder / "metrics.json").read_text().splitlines()
-    return {key: value for line in lines for key, value in json.loads(line).items()}
+def read_ap(run: Run) -> dict[str, float]:
+    """AP, AP50 and AP75 of a finished run."""
+    last = {key: value for line in read_metrics(run.folder) for key, value in line.items()}
+    values = {key: last[f"bbox/{key}"] for key in ("AP", "AP50", "AP75")}
+    # COCOEvaluator's AP of no detections is NaN.
+    return {key: 0.0 if math.isnan(value) else value for key, value in values.items()}
 
 
-def results_table(
-    output: Path, titles: dict[str, str], iterations: dict[str, int], totals: dict[str, int]
-) -> str:
-    """A table with a row for each run.
-
-    Args:
-        output: the folder with the folders of the runs.
-        titles, iterations, totals: by run: what it is, its iterations, and those with the runs
-            that it starts from.
-    """
+def results_table(runs: list[Run]) -> str:
+    """A table with a row for each run."""
     lines = [
         "| run | iterations | total iterations | AP | AP50 | AP75 | s / iteration |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, title in titles.items():
-        metrics = read_metrics(output / name)
-        values = [metrics[f"bbox/{key}"] for key in ("AP", "AP50", "AP75")]
+    for run in runs:
+        seconds = statistics.fmean(x["time"] for x in read_metrics(run.folder) if "time" in x)
         lines.append(
-            f"| {title} | {iterations[name]} | {totals[name]} | "
-            + " | ".join(f"{value:.1f}" for value in values)
-            + f" | {metrics['time']:.2f} |"
+            f"| {run.title} | {run.iterations} | {run.total} | "
+            + " | ".join(f"{value:.1f}" for value in read_ap(run).values())
+            + f" | {seconds:.2f} |"
         )
     return "\n".join(lines)
-
-
-def pictured_images(cfg: CfgNode) -> list[dict]:
-    """The dataset dicts of a few validation images with annotations."""
-    dataset_dicts = [d for d in DatasetCatalog.get(cfg.DATASETS.TEST[0]) if d["annotations"]]
-    return dataset_dicts[:: max(len(dataset_dicts) // NUM_PICTURES, 1)][:NUM_PICTURES]
