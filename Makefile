@@ -28,7 +28,7 @@ $(STAMP): tools/install.sh constraints.txt setup.cfg pyproject.toml
 
 install: $(STAMP)  ## set up .venv with Detectron2 and this project
 
-test: $(STAMP)  ## run the tests
+test: $(STAMP)  ## run the tests (in less than 6 GB of memory)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 
 test-long: $(STAMP)  ## whole tables, of which `make test` runs a part: every error, every snippet
