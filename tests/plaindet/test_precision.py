@@ -28,6 +28,16 @@ def test_bfloat16_losses_are_float32s(make_method_cfg, method, detector):
     model = trainer_class.build_model(cfg).train()
     batch = next(iter(trainer_class.build_train_loader(cfg)))
     losses = []
+    if hasattr(model, "proposal_generator"):
+        # Losses of other regions differ by more than the precision.
+        regions, original = [], model.proposal_generator.forward
+
+        def same_regions(*args):
+            found, rpn_losses = original(*args)
+            regions.append(regions.pop(0) if losses else found)
+            return regions[-1], rpn_losses
+
+        model.proposal_generator.forward = same_regions
     for enabled in (False, True):
         seed_everything(0)
         if hasattr(model, "loss_normalizer"):
