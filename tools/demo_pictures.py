@@ -17,8 +17,8 @@ from visualize_distillation import draw_row, objects_of
 NUM_PICTURES = 4
 # No threshold of the score suits a detector after a few hundred iterations as well as one after a
 # few thousand.
-DETECTIONS_CAPTION = """In each image as many detections as it has objects, those with the highest
-scores (the numbers, in percent)."""
+DETECTIONS_CAPTION = """In each image as many detections as it has objects: those with the highest
+scores (the numbers, in percent), and at each place the best one alone."""
 
 
 def pictured_images(dataset: str) -> list[dict]:

@@ -63,6 +63,17 @@ def test_detections_picture():
     assert (one[:, PICTURE_WIDTH // 2 :] == both[:, PICTURE_WIDTH // 2 :]).all()
 
 
+def test_best_detections():
+    """By their scores; of those at one place the best alone."""
+    detections = Instances((64, 80))
+    boxes = torch.tensor([[10.0, 20, 30, 50], [10.0, 20, 30, 52], [50.0, 10, 70, 60]])
+    detections.pred_boxes = Boxes(boxes)
+    detections.scores = torch.tensor([0.5, 0.9, 0.3])
+    detections.pred_classes = torch.tensor([0, 1, 2])
+    assert best_detections(detections, 3).pred_classes.tolist() == [1, 2]
+    assert best_detections(detections, 1).pred_classes.tolist() == [1]
+
+
 def test_colors_of_many_classes():
     colors = ClassColors([str(i) for i in range(100)])
     assert len({to_rgb(colors(i)) for i in range(99, 0, -1)}) == 99

@@ -9,6 +9,7 @@ import textwrap
 
 import numpy as np
 from detectron2.structures import Instances
+from torchvision.ops import nms
 
 from .picture_labels import label_positions
 
@@ -17,6 +18,7 @@ DPI = 150
 PICTURE_WIDTH = round(PANEL_INCHES * DPI)  # pixels, to which small images are enlarged
 FONT_SIZE = 8  # points
 TITLE_CHARACTERS = 32  # in a line
+SAME_PLACE_IOU = 0.6
 
 # Easy to tell apart, also on photographs, in the order in which they are taken.
 COLORS = (
@@ -95,8 +97,10 @@ def detections_picture(image: np.ndarray, instances: Instances, colors: ClassCol
 
 
 def best_detections(instances: Instances, number: int) -> Instances:
-    """The detections with the highest scores."""
-    return instances[instances.scores.argsort(descending=True)[:number]]
+    """The detections with the highest scores, of those that lie on each other the best one alone,
+    also where they are of several classes."""
+    kept = nms(instances.pred_boxes.tensor, instances.scores, SAME_PLACE_IOU)
+    return instances[kept[:number]]
 
 
 def _draw_masks(image: np.ndarray, masks, colors: list) -> np.ndarray:
