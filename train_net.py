@@ -32,11 +32,13 @@ from detectron2.utils.logger import setup_logger
 from crosskd import CrossKDDistiller, CrossKDTrainer, add_crosskd_config
 from labelenc import LabelEncDetector, LabelEncTrainer, add_labelenc_config
 from labelenc_crosskd import LabelEncCrossKDDetector, LabelEncCrossKDTrainer
+from plaindet.data import validate_datasets
 from plaindet.engine import (
     PlainCheckpointer,
     PlainTrainer,
     check_datasets,
     check_device,
+    check_equal_classes,
     check_num_classes,
     ending_process_group,
     supervised_processes,
@@ -78,6 +80,8 @@ def main(args):
     if args.eval_only:
         check_device(cfg)
         check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
+        validate_datasets(cfg, cfg.DATASETS.TEST)
+        check_equal_classes(cfg.DATASETS.TEST)
         model = build_model(cfg)  # not the trainer's, which may need a teacher
         check_num_classes(model, cfg.DATASETS.TEST)
         checkpointer = PlainCheckpointer(model, save_dir=cfg.OUTPUT_DIR)

@@ -62,7 +62,7 @@ def test_demo(tiny_data, tmp_path, monkeypatch, name):
     monkeypatch.setattr("sys.argv", [name, "--dataset", str(folder), "--output", str(tmp_path)])
     demo.main()
 
-    output = tmp_path / "tiny"
+    (output,) = tmp_path.glob("tiny-*")
     report = (output / "report.md").read_text()
     for row in ROWS[name]:
         total = 6 if row in (ROWS[name][-1], "LabelEnc, step 2") else 3
@@ -73,6 +73,27 @@ def test_demo(tiny_data, tmp_path, monkeypatch, name):
     weights = [path.name for path in output.glob("*/*.pth")]
     step1_file = ["label_encoder.pth"] if name == "demo" else []
     assert sorted(weights) == step1_file + ["model_final.pth"] * len(ROWS[name])
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("folder", ["none", "empty"])
+def test_demo_without_data(tmp_path, monkeypatch, name, folder):
+    """No such folder, or one of another layout: nothing is left behind."""
+    (tmp_path / "empty").mkdir()
+    demo, output = import_module(name), tmp_path / "output"
+    arguments = [name, "--dataset", str(tmp_path / folder), "--output", str(output)]
+    monkeypatch.setattr("sys.argv", arguments)
+    message = {"none": "none does not exist", "empty": "empty: expected one annotations/train"}
+    with pytest.raises(FileNotFoundError, match=message[folder]):
+        demo.main()
+    assert not output.exists()
+
+
+def test_folders_of_one_name():
+    runs = import_module("demo_runs")
+    names = {runs.folder_name(path) for path in ("/a/cells", "/b/cells", "/b/cells/")}
+    assert len(names) == 2
+    assert all(name.startswith("cells-") for name in names)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import statistics
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +51,15 @@ def parse_args(description: str, output: str, add_arguments=lambda parser: None)
     parser.add_argument("--seed", type=int, default=1, help="of every run (1)")
     add_arguments(parser)
     args = parser.parse_args()
-    args.output = Path(args.output) / (Path(args.dataset).resolve().name if args.dataset else "")
-    args.output.mkdir(parents=True, exist_ok=True)
+    args.output = Path(args.output) / (folder_name(args.dataset) if args.dataset else "")
     return args
+
+
+def folder_name(dataset: str) -> str:
+    """The name of a data set's folder, with a few digits of its path: folders elsewhere often have
+    the same name."""
+    path = Path(dataset).resolve()
+    return f"{path.name}-{zlib.crc32(str(path).encode()):08x}"
 
 
 def dataset_overrides(folder: str | None) -> list[str]:

@@ -1,7 +1,7 @@
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from plaindet.data import explained_errors, find_coco_folder, register_coco_format
+from plaindet.data import find_coco_folder, register_coco_format
 from plaindet.engine.checks import thing_classes
 
 
@@ -58,7 +58,7 @@ def test_folder_of_another_layout(tmp_path, json_files, folders, message):
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no folder .*nothing/annotations"):
+    with pytest.raises(FileNotFoundError, match="nothing does not exist"):
         find_coco_folder(str(tmp_path / "nothing"))
 
 
@@ -67,7 +67,7 @@ def test_missing_files(tiny_data):
     _, json_file, images = tiny_data[0]
     register_coco_format([["no_json", "nowhere.json", images], ["no_images", json_file, "nowhere"]])
     for name, path in (("no_json", "nowhere.json"), ("no_images", "nowhere")):
-        with pytest.raises(FileNotFoundError, match=f"FORMAT: {path} of {name} does not exist"):
+        with pytest.raises(FileNotFoundError, match=f"{path} of the data set {name} does not ex"):
             thing_classes(name)
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
@@ -87,9 +87,6 @@ def test_other_kinds_of_data_sets(tmp_path):
     try:
         with pytest.raises(ModuleNotFoundError, match="No module named 'lvis'"):
             thing_classes("lvis_train")
-        message = "Cannot read the data of .*lvis.json: KeyError: 'file_name'$"
-        with pytest.raises(ValueError, match=message), explained_errors(["lvis_train"]):
-            raise KeyError("file_name")
     finally:
         DatasetCatalog.remove("lvis_train")
         MetadataCatalog.remove("lvis_train")

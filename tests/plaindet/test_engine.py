@@ -44,7 +44,7 @@ def test_num_classes_of_roi_heads(make_cfg):
 
 
 def test_other_classes_in_validation(make_cfg):
-    DatasetCatalog.register("other_val", list)
+    DatasetCatalog.register("other_val", lambda: DatasetCatalog.get("tiny_val"))
     MetadataCatalog.get("other_val").thing_classes = ["blue", "green", "red"]
     cfg = make_cfg(CONFIG, "DATASETS.TEST", '("other_val",)')
     with pytest.raises(ValueError, match=r"tiny_train has \['red'.*other_val has \['blue'"):

@@ -58,6 +58,7 @@ def test_wide_and_tall_images(make_cfg, tiny_data):
     DatasetCatalog.register("wide_and_tall", lambda: records)
     try:
         cfg = make_cfg(CONFIG, "DATASETS.TRAIN", "('wide_and_tall',)", "SEED", "5")
+        cfg.DATASETS.CHECK_IMAGES = False  # the sizes are made up
         stream = build_train_stream(cfg, mapper=dict)
         with seeded(5):
             loader = build_detection_train_loader(cfg, mapper=dict)

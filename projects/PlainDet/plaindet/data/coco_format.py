@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from functools import partial
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 
-from plaindet.messages import some_of
-
-from .reading import repeated_image_ids
+from .coco_json import read_coco_json
 
 Dataset = tuple[str, str, str]  # name, json file, folder of images
 
@@ -38,22 +34,10 @@ def register_coco_format(datasets: list[Dataset]) -> None:
                     f"DATASETS.COCO_FORMAT: the name {name} is taken by another data set {files}"
                 )
             continue
-        DatasetCatalog.register(name, partial(_read, name, json_file, image_root))
+        DatasetCatalog.register(name, partial(read_coco_json, name, json_file, image_root))
         MetadataCatalog.get(name).set(
             json_file=json_file, image_root=image_root, evaluator_type="coco"
         )
-
-
-def _read(name: str, json_file: str, image_root: str) -> list[dict]:
-    for path, exists in ((json_file, os.path.isfile), (image_root, os.path.isdir)):
-        if not exists(path):
-            raise FileNotFoundError(f"DATASETS.COCO_FORMAT: {path} of {name} does not exist")
-    with open(json_file) as f:
-        repeated = list(repeated_image_ids(json.load(f)["images"]))
-    if repeated:
-        raise ValueError(f"{json_file}: {some_of(repeated)}")
-    # With the annotations' ids, for messages.
-    return load_coco_json(json_file, image_root, name, extra_annotation_keys=["id"])
 
 
 def find_coco_folder(folder: str) -> tuple[Dataset, Dataset]:
@@ -63,16 +47,27 @@ def find_coco_folder(folder: str) -> tuple[Dataset, Dataset]:
         annotations/val.json                    annotations/instances_val2017.json
         train/ val/ (images)                    train2017/ val2017/ (images)
 
+        train/_annotations.coco.json            (Roboflow; the images are beside)
+        valid/_annotations.coco.json
+
     Returns:
         (training set, validation set), named after the folder: bccd_train, bccd_val
 
     Raises:
-        FileNotFoundError: the folder has another layout; says what was found and expected.
+        FileNotFoundError: there is no such folder, or it has another layout; says what was found
+            and expected.
     """
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{folder} does not exist (from {os.getcwd()})")
     return _find_split(folder, "train"), _find_split(folder, "val")
 
 
 def _find_split(folder: str, split: str) -> Dataset:
+    name = f"{os.path.basename(os.path.abspath(folder))}_{split}"
+    roboflow = os.path.join(folder, {"val": "valid"}.get(split, split))
+    json_file = os.path.join(roboflow, "_annotations.coco.json")
+    if os.path.isfile(json_file):
+        return name, json_file, roboflow
     annotations = os.path.join(folder, "annotations")
     json_files = [
         *glob.glob(os.path.join(glob.escape(annotations), f"{split}*.json")),
@@ -81,7 +76,7 @@ def _find_split(folder: str, split: str) -> Dataset:
     if len(json_files) != 1:
         raise FileNotFoundError(
             f"{folder}: expected one annotations/{split}*.json or annotations/instances_{split}*"
-            f".json, found {sorted(json_files) or _listing(annotations)}"
+            f".json, or {json_file}, found {sorted(json_files) or _listing(annotations)}"
         )
     stem = os.path.basename(json_files[0])[: -len(".json")].removeprefix("instances_")
     image_root = os.path.join(folder, stem)
@@ -90,8 +85,7 @@ def _find_split(folder: str, split: str) -> Dataset:
             f"{folder}: expected the images of {json_files[0]} in {image_root}, found "
             f"{_listing(folder)}"
         )
-    name = os.path.basename(os.path.normpath(folder))
-    return f"{name}_{split}", json_files[0], image_root
+    return name, json_files[0], image_root
 
 
 def _listing(folder: str):

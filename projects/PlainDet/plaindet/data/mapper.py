@@ -1,6 +1,8 @@
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 
+from .images import check_file_mode
+
 
 class PlainDatasetMapper(DatasetMapper):
     """Detectron2's mapper, whose errors name the image, with DETR's crop as an option."""
@@ -23,6 +25,7 @@ class PlainDatasetMapper(DatasetMapper):
                 has bad annotations.
         """
         try:
+            check_file_mode(dataset_dict["file_name"])
             return super().__call__(dataset_dict)
         except Exception as error:
             # Data loader workers re-raise an error by its type and message alone, so the message

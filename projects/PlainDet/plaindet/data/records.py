@@ -1,11 +1,12 @@
-"""Checks of the annotations that a run trains on, before it starts."""
+"""Checks of the images and annotations of a data set, in Detectron2's format."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
-from numbers import Integral
+from collections.abc import Iterator
+from numbers import Integral, Real
 
 import numpy as np
 from detectron2.structures import BoxMode
@@ -17,50 +18,108 @@ logger = logging.getLogger(__name__)
 
 
 def check_records(
-    records: list[dict], num_classes: int | None = None, mask_format: str | None = None
+    records: list[dict],
+    num_classes: int | None = None,
+    mask_format: str | None = None,
+    name: str = "the data set",
+    to_be_converted: bool = False,
 ) -> None:
     """Checks the images and annotations of a data set; COCO's take seconds.
 
     What Detectron2 handles is allowed: crowd annotations, boxes without an area inside their image
     and empty masks, which it leaves out (a warning counts these boxes), boxes that are partly
-    outside, which it clips, and images without annotations.
+    outside, which it clips, and images without annotations. Boxes that look as if they were in
+    other units give a warning.
 
     Args:
         records: in Detectron2's format.
         num_classes: None: unknown.
         mask_format: "polygon" or "bitmask" if the run trains on masks.
+        name: of the data set, for messages.
+        to_be_converted: whether they are evaluated, and Detectron2 makes a json file of them.
 
     Raises:
-        ValueError: names the files and the ids of the annotations.
+        ValueError: names the files, the ids of the annotations and the values.
     """
     problems, without_area = [], []
+    boxes = _BoxUnits()
+    if to_be_converted:
+        problems += _conversion_problems(records)
     missing = _missing_files(records)
     for record in records:
-        name = record.get("file_name")
-        if name in missing:
-            problems.append(f"{name}: the file does not exist")
+        file = record.get("file_name")
+        if file in missing:
+            problems.append(f"{file}: the file does not exist")
         size = (record.get("height"), record.get("width"))
         if not all(side is None or (_is_integer(side) and side > 0) for side in size):
-            problems.append(f"{name}: the image's height and width are {size}")
+            problems.append(f"{file}: the image's height and width are {size}")
             continue
         if "annotations" not in record:
-            problems.append(f"{name}: no annotations, expected a list, empty without objects")
+            problems.append(f"{file}: no annotations, expected a list, empty without objects")
         for i, annotation in enumerate(record.get("annotations", ())):
             problem = _problem(annotation, size, num_classes, mask_format)
-            if problem is None and not _has_area(annotation, size):
-                without_area.append(f"{where(name, i, annotation)}: {annotation['bbox']}")
-            elif problem is not None:
-                problems.append(f"{where(name, i, annotation)}: {problem}")
-    if without_area:
-        logger.warning(
-            f"{len(without_area)} boxes have no area inside their image and are left out: "
-            f"{some_of(without_area)}"
-        )
+            if problem is not None:
+                problems.append(f"{where(file, i, annotation)}: {problem}")
+            elif not annotation.get("iscrowd", 0):
+                boxes.add(annotation, size)
+                if not _has_area(annotation, size):
+                    without_area.append(f"{where(file, i, annotation)}: {annotation['bbox']}")
     if problems:
         raise ValueError(
-            f"The training data cannot be used as it is ({len(problems)} problems): "
+            f"The data of {name} cannot be used as it is ({len(problems)} problems): "
             f"{some_of(problems)}"
         )
+    if without_area:
+        logger.warning(
+            f"{name}: {len(without_area)} boxes have no area inside their image and are left out: "
+            f"{some_of(without_area)}"
+        )
+    boxes.warn(name)
+
+
+class _BoxUnits:
+    """Counts boxes that look as if they were given in other units than Detectron2's."""
+
+    def __init__(self):
+        self.total = self.relative = self.outside = self.corners = 0
+
+    def add(self, annotation: dict, size: tuple) -> None:
+        x, y, a, b = annotation["bbox"]
+        self.total += 1
+        self.relative += max(abs(x), abs(y), abs(a), abs(b)) <= 1
+        if annotation["bbox_mode"] == BoxMode.XYWH_ABS and None not in size:
+            height, width = size
+            # As corners it would be a box inside the image, as a size it goes beyond.
+            self.corners += x < a <= width and y < b <= height
+            self.outside += x + a > width + 1 or y + b > height + 1
+
+    def warn(self, name: str) -> None:
+        if self.total and self.relative == self.total:
+            logger.warning(
+                f"{name}: all {self.total} boxes are in 0..1, which looks as if they were relative "
+                "to the image: pixels are expected"
+            )
+        elif self.outside > 0.1 * self.total and self.corners > 0.9 * self.total:
+            logger.warning(
+                f"{name}: {self.outside} of {self.total} boxes go beyond their image, and "
+                f"{self.corners} would be inside if their third and fourth numbers were a corner: "
+                "x, y, width, height are expected"
+            )
+
+
+def _conversion_problems(records: list[dict]) -> Iterator[str]:
+    """The evaluation tells images apart by their ids, and its json file has their sizes."""
+    files = {}
+    for record in records:
+        if record.get("height") is None or record.get("width") is None:
+            yield f"{record.get('file_name')}: no height and width, which the evaluation needs"
+        image_id, file = record.get("image_id"), record.get("file_name")
+        if not isinstance(image_id, (int, str)):
+            yield f"{file}: image_id is {image_id!r}, expected a number (int) or a text of its own"
+            continue
+        if image_id in files:
+            yield f"{files[image_id]} and {file} have the same image_id {image_id!r}"
+        files.setdefault(image_id, file)
 
 
 def where(name: str, i: int, annotation: dict) -> str:
@@ -88,18 +147,21 @@ def _missing_files(records: list[dict]) -> set[str]:
 def _problem(annotation, size, num_classes, mask_format) -> str | None:
     """What is wrong with an annotation."""
     crowd = annotation.get("iscrowd", 0)
-    if crowd not in (0, 1):
+    if not _is_number(crowd) or crowd not in (0, 1):
         return f"iscrowd is {crowd!r}, expected 0 or 1"
-    if crowd:
-        return None  # left out
     box, mode = annotation.get("bbox"), annotation.get("bbox_mode")
     if mode not in (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS):
         return f"bbox_mode is {mode!r}, expected XYWH_ABS or XYXY_ABS"
-    if not isinstance(box, (list, tuple, np.ndarray)) or len(box) != 4 or not _all_finite(box):
+    is_list = isinstance(box, (list, tuple)) or (isinstance(box, np.ndarray) and box.ndim == 1)
+    if not is_list or len(box) != 4:
+        return f"the box is {box!r}, expected 4 numbers"
+    if not _all_finite(box):
         return f"the box is {box!r}, expected 4 finite numbers"
+    if crowd:
+        return None  # left out in training
     x0, y0, x1, y1 = _corners(box, mode)
     if x1 < x0 or y1 < y0:  # the augmentations would swap the corners
-        return f"the box {box!r} ({mode.name}) has a negative width or height"
+        return f"the box {box!r} ({BoxMode(mode).name}) has a negative width or height"
     category = annotation.get("category_id")
     if not _is_integer(category) or category < 0:
         return f"category_id is {category!r}, expected an integer from 0"
@@ -175,6 +237,10 @@ def _all_finite(values) -> bool:
         return all(map(math.isfinite, values))
     except (TypeError, OverflowError):
         return False
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, Real)
 
 
 def _is_integer(value) -> bool:

@@ -11,7 +11,6 @@ from detectron2.data import (
     DatasetFromList,
     DatasetMapper,
     MapDataset,
-    MetadataCatalog,
     build_detection_train_loader,
 )
 from detectron2.data.build import trivial_batch_collator
@@ -21,8 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from plaindet.seeding import seeded
 from plaindet.signals import ignore_preemption
 
-from .reading import explained_errors
-from .records import check_records
+from .gate import training_records
 
 Sample = tuple[int, int]  # position in the stream of all processes, index in the data set
 
@@ -122,20 +120,14 @@ def build_train_stream(cfg: CfgNode, mapper: DatasetMapper) -> TrainStream:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SEED = seed
-    with seeded(seed), explained_errors(cfg.DATASETS.TRAIN):
-        arguments = build_detection_train_loader.from_config(cfg, mapper=mapper)
+    records = training_records(cfg)
+    with seeded(seed):
+        arguments = build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=records)
     images = arguments["dataset"]
     if isinstance(images, IterableDataset):
         raise ValueError(
             f"DATASETS.TRAIN {cfg.DATASETS.TRAIN} is an iterable data set, in which a run cannot "
             "be continued: expected a list of images or a map-style data set"
-        )
-    if isinstance(images, list):
-        classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
-        check_records(
-            images,
-            num_classes=None if classes is None else len(classes),
-            mask_format=cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else None,
         )
     batch_size, rest = divmod(arguments["total_batch_size"], comm.get_world_size())
     if batch_size == 0 or rest:
@@ -145,7 +137,8 @@ def build_train_stream(cfg: CfgNode, mapper: DatasetMapper) -> TrainStream:
         )
     wide = None
     if arguments["aspect_ratio_grouping"]:
-        wide = [image["width"] > image["height"] for image in images]
+        # Images that are not files may have no size.
+        wide = [image.get("width", 0) > image.get("height", 0) for image in images]
     if isinstance(images, list):
         images = DatasetFromList(images, copy=False)
     return TrainStream(

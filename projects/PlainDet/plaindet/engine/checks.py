@@ -14,7 +14,6 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from plaindet.data import explained_errors
 from plaindet.messages import some_of
 from plaindet.modeling import ATSS, FCOS, GFL, DeformableDETR, Teacher
 
@@ -29,8 +28,24 @@ NUM_CLASSES_KEYS = {
 }
 
 
+def check_equal_classes(dataset_names: Sequence[str]) -> None:
+    """Compares the classes of the data sets of a run.
+
+    Raises:
+        ValueError: they differ; names the data sets and their classes.
+    """
+    classes = {name: thing_classes(name) for name in dataset_names}
+    (first, first_classes), *others = classes.items() or [("", [])]
+    for name, names in others:
+        if names != first_classes:
+            raise ValueError(
+                f"The data sets of a run need the same classes in the same order: {first} has "
+                f"{first_classes}, {name} has {names}"
+            )
+
+
 def check_num_classes(model: nn.Module, dataset_names: Sequence[str]) -> None:
-    """Compares the classes of every data set of a run with the detector's and with each other.
+    """Compares the number of classes of every data set of a run with the detector's.
 
     Raises:
         ValueError: they disagree; names the config key, the data set and both numbers.
@@ -41,13 +56,6 @@ def check_num_classes(model: nn.Module, dataset_names: Sequence[str]) -> None:
             if isinstance(module, module_class):
                 for name, names in classes.items():
                     _check_count(key, module.num_classes, name, names)
-    (first, first_classes), *others = classes.items() or [("", [])]
-    for name, names in others:
-        if names != first_classes:
-            raise ValueError(
-                f"The data sets of a run need the same classes in the same order: {first} has "
-                f"{first_classes}, {name} has {names}"
-            )
 
 
 def _check_count(key: str, num_classes: int, name: str, names: list[str]) -> None:
@@ -129,6 +137,5 @@ def thing_classes(dataset_name: str) -> list[str]:
     """The class names of a registered data set, in the order of their training ids."""
     metadata = MetadataCatalog.get(dataset_name)
     if metadata.get("thing_classes") is None:
-        with explained_errors([dataset_name]):
-            DatasetCatalog.get(dataset_name)  # COCO-format sets know their classes once read
+        DatasetCatalog.get(dataset_name)  # COCO-format sets know their classes once read
     return list(metadata.thing_classes)

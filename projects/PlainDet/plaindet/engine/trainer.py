@@ -8,7 +8,7 @@ import weakref
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -17,23 +17,25 @@ from detectron2.engine import (
     create_ddp_model,
     hooks,
 )
-from detectron2.evaluation import (
-    COCOEvaluator,
-    DatasetEvaluator,
-    LVISEvaluator,
-    PascalVOCDetectionEvaluator,
-)
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.utils.data import DataLoader
 
-from plaindet.data import PlainDatasetMapper, TrainStream, build_train_stream
+from plaindet.data import (
+    PlainDatasetMapper,
+    TrainStream,
+    build_train_stream,
+    validate_datasets,
+    validated_records,
+)
 from plaindet.modeling import keep_training_only
 from plaindet.signals import ignore_preemption
 
 from .checkpointer import PlainCheckpointer
-from .checks import check_datasets, check_device, check_num_classes
+from .checks import check_datasets, check_device, check_equal_classes, check_num_classes
+from .evaluation import build_evaluator
 from .finite import FiniteLosses
 from .optimizer import build_optimizer
 from .plain_config import write_plain_config
@@ -69,8 +71,11 @@ class PlainTrainer(DefaultTrainer):
         check_device(cfg)
         check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
         check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
+        dataset_names = list(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
+        validate_datasets(cfg, dataset_names)
+        check_equal_classes(dataset_names)
         model = self.build_model(cfg)
-        check_num_classes(model, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+        check_num_classes(model, dataset_names)
         optimizer = self.build_optimizer(cfg, model)
         self.mapper = self.build_train_mapper(cfg)
         data_loader = self.build_train_loader(cfg, self.mapper)
@@ -186,7 +191,12 @@ class PlainTrainer(DefaultTrainer):
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
         """As DefaultTrainer's, with a mapper whose errors name the image."""
         mapper = PlainDatasetMapper(cfg, is_train=False)
-        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        records = None if cfg.MODEL.LOAD_PROPOSALS else validated_records(cfg, dataset_name)
+        if records is None:
+            loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        else:
+            num_workers = cfg.DATALOADER.NUM_WORKERS
+            loader = build_detection_test_loader(records, mapper=mapper, num_workers=num_workers)
         loader.worker_init_fn = ignore_preemption
         return loader
 
@@ -201,23 +211,3 @@ def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
     cfg.SEED = seed
     cfg.freeze()
     return cfg
-
-
-def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-    """The evaluator of a data set by its `evaluator_type`; COCO's where it has none.
-
-    Raises:
-        ValueError: there is no evaluator for this type.
-    """
-    output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
-    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
-    if evaluator_type == "coco":
-        return COCOEvaluator(dataset_name, output_dir=output_dir)
-    if evaluator_type == "lvis":
-        return LVISEvaluator(dataset_name, output_dir=output_dir)
-    if evaluator_type == "pascal_voc":
-        return PascalVOCDetectionEvaluator(dataset_name)
-    raise ValueError(
-        f"The data set {dataset_name} has evaluator_type {evaluator_type!r}, expected coco, lvis "
-        "or pascal_voc"
-    )
