@@ -43,7 +43,8 @@ from plaindet.engine import (
     ending_process_group,
     supervised_processes,
 )
-from plaindet.modeling import CompleteCheckpointer
+from plaindet.engine.checks import thing_classes
+from plaindet.modeling import CompleteCheckpointer, check_class_names
 
 # The keys of the methods.
 ADD_CONFIGS = (add_labelenc_config, add_crosskd_config)
@@ -89,7 +90,10 @@ def main(args):
         weights = checkpointer.get_checkpoint_file() if resume else cfg.MODEL.WEIGHTS
         if not weights:
             raise ValueError("MODEL.WEIGHTS is empty, expected the checkpoint to evaluate")
-        CompleteCheckpointer(model).load(weights)
+        checkpoint = CompleteCheckpointer(model).load(weights)
+        for name in cfg.DATASETS.TEST:
+            classes = checkpoint.get("thing_classes")
+            check_class_names(weights, classes, name, thing_classes(name))
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
@@ -36,6 +38,7 @@ class LabelEncHook(HookBase):
         mapper: LabelMapDatasetMapper | None = None,
         step1_file: str = "",
         period: int = 5000,
+        class_names: Sequence[str] | None = None,
     ):
         """
         Args:
@@ -44,6 +47,7 @@ class LabelEncHook(HookBase):
             mapper: the source of label maps, if nobody needs them from `stop` on.
             step1_file: where to write the step-1 file; empty: nowhere.
             period: iterations between its writes.
+            class_names: to write into it; None: unknown.
         """
         self.model = model
         self.start = start
@@ -51,6 +55,7 @@ class LabelEncHook(HookBase):
         self.mapper = mapper
         self.step1_file = step1_file
         self.period = period
+        self.class_names = class_names
         self._optimizer_hook = None
 
     def before_train(self):
@@ -77,7 +82,7 @@ class LabelEncHook(HookBase):
     def write_step1_file(self) -> None:
         """Writes it now, in the main process."""
         if self.step1_file and comm.is_main_process():
-            save_step1_file(self.model, self.step1_file)
+            save_step1_file(self.model, self.step1_file, self.class_names)
 
     def after_train(self):
         if self._optimizer_hook is not None:
@@ -110,4 +115,6 @@ def build_labelenc_hook(
             f"The distance loss is never switched on: MODEL.LABELENC.{key} {labelenc[key]}, "
             f"expected less than SOLVER.MAX_ITER {max_iter}"
         )
-    return LabelEncHook(model, start, stop, mapper, step1_file, cfg.SOLVER.CHECKPOINT_PERIOD)
+    classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
+    period = cfg.SOLVER.CHECKPOINT_PERIOD
+    return LabelEncHook(model, start, stop, mapper, step1_file, period, classes)

@@ -9,6 +9,7 @@ It holds plain tensors and a small description, and nothing of the image branch'
                         "label_map": "boxes", "settings": {"box_weights": [1.0, ...], ...}},
         "label_encoder": psi, the state dict of the encoder and its FPN,
         "head": theta_d, the plain detector's state dict without its backbone,
+        "thing_classes": ["person", ...], if the names of the classes are known,
     }
 """
 
@@ -16,14 +17,18 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from plaindet.files import write_atomically
 from plaindet.loading import load_tensors
 from plaindet.messages import some_of
+from plaindet.modeling import check_class_names
+from plaindet.modeling.class_names import ENTRY as CLASSES
 
 from .detector import LabelEncDetector
 
@@ -50,7 +55,9 @@ def describe(model: LabelEncDetector) -> dict:
     }
 
 
-def save_step1_file(model: LabelEncDetector, path: str) -> None:
+def save_step1_file(
+    model: LabelEncDetector, path: str, class_names: Sequence[str] | None = None
+) -> None:
     """Writes the step-1 file of a model in training to `path`; a file there is replaced at once,
     so that it is whole whenever the run is killed.
 
@@ -63,7 +70,7 @@ def save_step1_file(model: LabelEncDetector, path: str) -> None:
         raise FloatingPointError(
             f"No step-1 file is written, since weights are infinite or NaN: {some_of(bad)}"
         )
-    write_step1_file(path, describe(model), encoder, head)
+    write_step1_file(path, describe(model), encoder, head, class_names)
 
 
 def write_step1_file(
@@ -71,6 +78,7 @@ def write_step1_file(
     description: dict,
     label_encoder: dict[str, torch.Tensor],
     head: dict[str, torch.Tensor],
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Writes a step-1 file from its parts, which the top of this module describes. A file that is
     at `path` already is replaced at once."""
@@ -80,10 +88,14 @@ def write_step1_file(
         "label_encoder": label_encoder,
         "head": head,
     }
+    if class_names is not None:
+        data[CLASSES] = list(class_names)
     write_atomically(path, lambda f: torch.save(data, f))
 
 
-def inherit_step1_file(model: LabelEncDetector, path: str, with_detector: bool = True) -> None:
+def inherit_step1_file(
+    model: LabelEncDetector, path: str, with_detector: bool = True, dataset: str = ""
+) -> None:
     """Initialises step 2: the label encoder and the head from the step-1 file, and the detector's
     FPN from the *encoder's* FPN, as the official implementation does.
 
@@ -94,12 +106,16 @@ def inherit_step1_file(model: LabelEncDetector, path: str, with_detector: bool =
         model: without wrapper.
         path: of the step-1 file.
         with_detector: also the head and the FPN, and not the label encoder alone.
+        dataset: that step 2 trains on, whose classes are compared with step 1's by their names.
 
     Raises:
-        ValueError: the file is no step-1 file, or one of another detector, class count, FPN, label
-            map or head.
+        ValueError: the file is no step-1 file, or one of another detector, FPN, label map or head,
+            or of other classes.
     """
     data = _load(path)
+    if dataset:
+        classes = MetadataCatalog.get(dataset).get("thing_classes")
+        check_class_names(f"The step-1 file {path}", data.get(CLASSES), dataset, classes)
     expected = describe(model)
     if not with_detector:
         del expected["settings"]

@@ -77,6 +77,7 @@ class LabelEncTrainer(PlainTrainer):
         if model.step == 1 or (resume and self.checkpointer.has_checkpoint()):
             return
         if model.feature_teacher is None:
-            inherit_step1_file(model, labelenc.STEP1_FILE, with_detector=labelenc.INHERIT)
+            dataset = self.cfg.DATASETS.TRAIN[0]
+            inherit_step1_file(model, labelenc.STEP1_FILE, labelenc.INHERIT, dataset)
         elif labelenc.INHERIT:
             inherit_teacher(model, labelenc.TEACHER.CONFIG_FILE)

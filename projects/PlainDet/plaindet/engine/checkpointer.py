@@ -7,13 +7,20 @@ import logging
 import os
 import re
 import zipfile
+from collections.abc import Sequence
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils import comm
+from torch import nn
 
 from plaindet.files import write_atomically
 from plaindet.loading import SafeCheckpointer, load_tensors
 from plaindet.messages import some_of
+from plaindet.modeling import check_class_names
+from plaindet.modeling.class_names import ENTRY as CLASSES
+
+from .same_run import check_same_model
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +30,59 @@ class PlainCheckpointer(SafeCheckpointer):
 
     * replaces files at once, so that a kill in the middle leaves the one before,
     * writes no weights that are infinite or NaN,
-    * resumes from the checkpoint before if the newest one is damaged, and never from the best.
+    * resumes from the checkpoint before if the newest one is damaged, and never from the best,
+    * carries the names of the classes and the config of the model, and does not resume with others.
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        dataset: str = "",
+        class_names: Sequence[str] | None = None,
+        cfg: CfgNode | None = None,
+        **kwargs,
+    ):
+        """
+        Args:
+            model, save_dir, kwargs: as Detectron2's.
+            dataset, class_names: of the training; None: unknown.
+            cfg: of the run; None: unknown.
+        """
+        super().__init__(model, save_dir, **kwargs)
+        self.dataset = dataset
+        self.class_names = class_names
+        self.cfg = cfg
+        self._resumed_file = None
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
+        """As Detectron2's.
+
+        Raises:
+            ValueError: the checkpoint to resume from is of other classes or of another model.
+        """
+        if not (resume and self.has_checkpoint()):
+            return super().resume_or_load(path, resume=False)
+        self._resumed_file = self.get_checkpoint_file()
+        try:
+            return self.load(self._resumed_file)
+        finally:
+            self._resumed_file = None
+
+    def _load_model(self, checkpoint):
+        if self._resumed_file is not None:
+            check_class_names(
+                f"The checkpoint {self._resumed_file}",
+                checkpoint.get(CLASSES),
+                self.dataset,
+                self.class_names,
+            )
+            if self.cfg is not None:
+                config = checkpoint.get("model_config")
+                state = checkpoint["model"]
+                check_same_model(self._resumed_file, state, config, self.model, self.cfg)
+        return super()._load_model(checkpoint)
 
     def save(self, name: str, **kwargs) -> None:
         """As Detectron2's.
@@ -37,6 +95,10 @@ class PlainCheckpointer(SafeCheckpointer):
         self.check_finite()
         states = {key: value.state_dict() for key, value in self.checkpointables.items()}
         data = {"model": self.model.state_dict(), **states, **kwargs}
+        if self.class_names is not None:
+            data[CLASSES] = list(self.class_names)
+        if self.cfg is not None:
+            data["model_config"] = self.cfg.MODEL.dump()
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info(f"Saving checkpoint to {path}")
         write_atomically(path, lambda f: torch.save(data, f))

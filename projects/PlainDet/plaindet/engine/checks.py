@@ -15,7 +15,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from plaindet.messages import some_of
-from plaindet.modeling import ATSS, FCOS, GFL, DeformableDETR, Teacher
+from plaindet.modeling import ATSS, FCOS, GFL, DeformableDETR, Teacher, check_class_names
 
 # The config key that gives a module its number of classes.
 NUM_CLASSES_KEYS = {
@@ -67,14 +67,18 @@ def _check_count(key: str, num_classes: int, name: str, names: list[str]) -> Non
 
 
 def check_teacher_classes(teacher: Teacher, cfg: CfgNode) -> None:
-    """Compares the class names of the data sets that a teacher was trained on with those of the
-    student's. A data set that is not registered here is passed over with a warning.
+    """Compares the class names of a teacher with those of the student's data set: those that its
+    checkpoint has, or of the data sets that it was trained on by its config. A data set that is not
+    registered here is passed over with a warning.
 
     Raises:
         ValueError: they differ; names both data sets and their classes.
     """
     student_dataset = cfg.DATASETS.TRAIN[0]
     expected = thing_classes(student_dataset)
+    if teacher.class_names is not None:
+        check_class_names("The teacher", teacher.class_names, student_dataset, expected)
+        return
     for name in teacher.train_datasets:
         if name not in DatasetCatalog.list():
             logging.getLogger(__name__).warning(

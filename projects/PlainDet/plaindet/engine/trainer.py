@@ -8,7 +8,7 @@ import weakref
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -171,7 +171,11 @@ class PlainTrainer(DefaultTrainer):
 
     @classmethod
     def build_checkpointer(cls, cfg: CfgNode, model: nn.Module) -> PlainCheckpointer:
-        return PlainCheckpointer(model, cfg.OUTPUT_DIR)
+        dataset = cfg.DATASETS.TRAIN[0]
+        classes = MetadataCatalog.get(dataset).get("thing_classes")
+        return PlainCheckpointer(
+            model, cfg.OUTPUT_DIR, dataset=dataset, class_names=classes, cfg=cfg
+        )
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -1,6 +1,7 @@
 from .anchor_center import AnchorCenterDetector
 from .atss import ATSS, ATSSHead
 from .atss_assigner import assign_atss
+from .class_names import check_class_names
 from .deformable import (
     DeformableBottleneckBlock,
     DeformableConv2d,

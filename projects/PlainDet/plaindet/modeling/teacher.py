@@ -14,6 +14,8 @@ from plaindet.config import merge_config
 from plaindet.loading import SafeCheckpointer
 from plaindet.messages import some_of
 
+from .class_names import ENTRY as CLASSES
+
 _REMEDY = "The config of a teacher is the plain_config.yaml beside its checkpoint"
 
 
@@ -25,7 +27,11 @@ class Teacher:
     """
 
     def __init__(
-        self, model: nn.Module, input_format: str = "BGR", train_datasets: Sequence[str] = ()
+        self,
+        model: nn.Module,
+        input_format: str = "BGR",
+        train_datasets: Sequence[str] = (),
+        class_names: Sequence[str] | None = None,
     ):
         """
         Args:
@@ -33,10 +39,12 @@ class Teacher:
             input_format: of its images, as INPUT.FORMAT: the order of the channels, or a colour
                 space.
             train_datasets: the names of the data sets it was trained on, if they are known.
+            class_names: that its checkpoint has, if it has them.
         """
         self.model = model.eval().requires_grad_(False)
         self.input_format = input_format
         self.train_datasets = train_datasets
+        self.class_names = class_names
 
     def check_input_format(self, input_format: str) -> None:
         """
@@ -101,13 +109,13 @@ def build_teacher(node: CfgNode, device: str, key: str) -> Teacher:
     _check_file(weights, f"{key}.WEIGHTS")
     try:
         model = build_model(cfg)
-        CompleteCheckpointer(model).load(weights)
+        checkpoint = CompleteCheckpointer(model).load(weights)
     except (KeyError, ValueError, AssertionError) as error:
         raise ValueError(
             f"{key}: cannot build the teacher of {node.CONFIG_FILE} with {weights}: "
             f"{type(error).__name__}: {error}. {_REMEDY}"
         ) from error
-    return Teacher(model, cfg.INPUT.FORMAT, cfg.DATASETS.TRAIN)
+    return Teacher(model, cfg.INPUT.FORMAT, cfg.DATASETS.TRAIN, checkpoint.get(CLASSES))
 
 
 def _check_file(path: str, key: str) -> None:

@@ -1,0 +1,69 @@
+"""Whether a checkpoint can be continued with a config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import yaml
+from detectron2.config import CfgNode
+from torch import nn
+
+from plaindet.messages import some_of
+
+# What says how weights are meant, without a change of any shape.
+MEANINGS = ("ANCHOR_GENERATOR.", "META_ARCHITECTURE", "BBOX_REG_WEIGHTS", "PIXEL_MEAN", "PIXEL_STD")
+# What may differ between the parts of a run.
+FREE = ("MODEL.WEIGHTS", "MODEL.DEVICE")
+
+
+def check_same_model(
+    path: str, state: dict[str, torch.Tensor], config: str | None, model: nn.Module, cfg: CfgNode
+) -> None:
+    """
+    Args:
+        path: of the checkpoint, for messages.
+        state, config: its model's state dict, and its config's MODEL as yaml; None: unknown.
+        model, cfg: that are to go on.
+
+    Raises:
+        ValueError: the checkpoint is of another model; names the config keys with both values, or
+            the tensors where no key is known to differ.
+    """
+    expected = model.state_dict()
+    other = [
+        f"{key} is {_shape(state, key)} there and {_shape(expected, key)} here"
+        for key in dict.fromkeys((*state, *expected))
+        if _shape(state, key) != _shape(expected, key)
+    ]
+    keys = (
+        list(_differences(yaml.safe_load(config), yaml.safe_load(cfg.MODEL.dump())))
+        if config
+        else []
+    )
+    if other or any(meaning in key for key, *_ in keys for meaning in MEANINGS):
+        differences = [f"{key} was {found!r} and is {value!r}" for key, found, value in keys]
+        raise ValueError(
+            f"The checkpoint {path} is of another model: {some_of(differences or other)}. Resume "
+            "with the config of the interrupted run, or choose another OUTPUT_DIR"
+        )
+
+
+def _shape(state: dict[str, torch.Tensor], key: str):
+    return tuple(state[key].shape) if key in state else "absent"
+
+
+def _differences(found: dict, expected: dict) -> Iterator[tuple]:
+    """The keys of MODEL with other values: (key, in the checkpoint, now)."""
+    old, new = (dict(_flat("MODEL", x)) for x in (found, expected))
+    for key in dict.fromkeys((*old, *new)):
+        if key not in FREE and old.get(key) != new.get(key):
+            yield key, old.get(key), new.get(key)
+
+
+def _flat(name: str, node: dict) -> Iterator[tuple]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _flat(f"{name}.{key}", value)
+        else:
+            yield f"{name}.{key}", value
