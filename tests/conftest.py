@@ -1,4 +1,5 @@
 import ctypes
+import fcntl
 import gc
 import json
 import logging
@@ -52,6 +53,14 @@ def _propagate():
     """To caplog, also after a test in this process has set up the loggers."""
     for package in ("plaindet", "labelenc", "crosskd"):
         logging.getLogger(package).propagate = True
+
+
+@pytest.fixture
+def alone(tmp_path_factory):
+    """For tests that start several processes, of 0.5 GB each: one at a time among all workers."""
+    with open(tmp_path_factory.getbasetemp().parent / "several_processes.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")

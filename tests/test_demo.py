@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -136,7 +137,11 @@ from demo_runs import Run
 demo_training.TRAIN_NET = {str(demo_training.TRAIN_NET)!r}
 demo_training.train_all([{run!r}])
 """
-    demo = subprocess.Popen([sys.executable, "-c", code])
+    demo = subprocess.Popen(
+        [sys.executable, "-c", code],
+        # Where the tests run in the background of a shell, they ignore the keyboard's signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     log = run.folder / "output.txt"
     while not log.exists() or "iteration" not in log.read_text():
         time.sleep(0.02)

@@ -156,7 +156,8 @@ def run(workspace):
     """Returns a function that runs a command in the folder, and returns its output."""
 
     def run_command(command, **environment):
-        paths = {"PATH": f"{workspace}/bin:{os.environ['PATH']}", "PYTHONPATH": str(workspace)}
+        paths = {"PATH": f"{workspace}/bin", "PYTHONPATH": f"{workspace}"}
+        paths = {key: f"{path}:{os.environ.get(key, '')}" for key, path in paths.items()}
         result = subprocess.run(
             command,
             cwd=workspace,

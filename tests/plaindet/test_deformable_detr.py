@@ -388,7 +388,7 @@ def test_diverged_boxes_are_reported(make_pair):
     ours, _ = make_pair(True, False)
     ours.train()
     ours.transformer.bbox_embed[0].layers[-1].bias.data[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="boxes became infinite or NaN"):
+    with pytest.raises(FloatingPointError, match="boxes or scores are infinite or NaN"):
         ours(make_batch())
 
 

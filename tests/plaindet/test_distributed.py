@@ -20,6 +20,8 @@ from plaindet.data import register_coco_format
 from plaindet.engine import ending_process_group
 from plaindet.seeding import seed_everything
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 ALL = None
 STRATEGY = "MODEL.CROSSKD.STRATEGY"
 DENSE = ("fcos", "gfl", "atss")

@@ -17,6 +17,8 @@ import train_net
 from plaindet.data import register_coco_format
 from plaindet.engine import PREEMPTED, PlainTrainer, ending_process_group, supervised_processes
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 CONFIG = "quick/retinanet_R_18_baseline.yaml"
 
 

@@ -208,6 +208,7 @@ def train_on_two_processes(cfg):
     assert normalizers[0] != normalizers[1]
 
 
+@pytest.mark.usefixtures("alone")
 def test_two_processes(make_cfg):
     cfg = make_cfg(CONFIG, "SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.MAX_ITER", "4")
     launch(train_on_two_processes, num_gpus_per_machine=2, dist_url="auto", args=(cfg,))

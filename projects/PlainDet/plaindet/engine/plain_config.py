@@ -32,6 +32,7 @@ def write_plain_config(cfg: CfgNode, model: nn.Module) -> None:
     if isinstance(model, TrainingOnlyModules):
         plain.MODEL.META_ARCHITECTURE = model.plain_class().__name__
     text = plain.dump().encode()
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     write_atomically(os.path.join(cfg.OUTPUT_DIR, FILE_NAME), lambda f: f.write(text))
 
 
