@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import (
+    load_coco_json,
+    register_coco_instances,
+    register_pascal_voc,
+)
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
@@ -469,3 +473,45 @@ def test_roboflow_folder(good, tmp_path):
     train, val = find_coco_folder(str(tmp_path))
     assert train[1:] == (f"{tmp_path}/train/_annotations.coco.json", f"{tmp_path}/train")
     assert val[1:] == (f"{tmp_path}/valid/_annotations.coco.json", f"{tmp_path}/valid")
+
+
+def keypoints(a, i, c):
+    c[0].update(keypoints=["nose"], skeleton=[])
+    for x in a:
+        x.update(keypoints=[10, 20, 2], num_keypoints=1)
+
+
+def crowd(a, i, c):
+    """Run lengths that are a list, as COCO's crowds have them."""
+    a[0].update(iscrowd=1, segmentation={"size": [72, 96], "counts": [100, 50, 6762]})
+
+
+@pytest.mark.parametrize("change", [keypoints, crowd])
+@pytest.mark.parametrize("masks", [False, True])
+def test_what_coco_has(make_run, good, change, masks):
+    """Is read as Detectron2 reads it."""
+    cfg = make_run("train", change, "MODEL.MASK_ON", str(masks))
+    validate_datasets(cfg, cfg.DATASETS.TRAIN)
+    _, json_file, images = cfg.DATASETS.COCO_FORMAT[0]
+    expected = load_coco_json(json_file, images, "gate_train", extra_annotation_keys=["id"])
+    assert _validated["gate_train"].records == expected
+
+
+def test_pascal_voc(make_run, good, names, tmp_path):
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Main" / "test.txt").write_text("000001\n000002\n")
+    for name in ("000001", "000002"):
+        Image.open(good / "val" / "1.png").save(tmp_path / "JPEGImages" / f"{name}.jpg")
+        (tmp_path / "Annotations" / f"{name}.xml").write_text(
+            "<annotation><size><width>96</width><height>72</height></size><object><name>cat</name>"
+            "<bndbox><xmin>5</xmin><ymin>6</ymin><xmax>40</xmax><ymax>50</ymax></bndbox></object>"
+            "</annotation>"
+        )
+    names.append("gate_voc")
+    register_pascal_voc("gate_voc", str(tmp_path), "test", 2007)
+    MetadataCatalog.get("gate_voc").evaluator_type = "pascal_voc"
+    cfg = make_run()
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("gate_voc",)
+    validate_datasets(cfg, cfg.DATASETS.TEST)
+    assert _validated["gate_voc"].records == DatasetCatalog.get("gate_voc")
