@@ -45,6 +45,7 @@ from plaindet.engine import (
 )
 from plaindet.engine.checks import thing_classes
 from plaindet.modeling import CompleteCheckpointer, check_class_names
+from plaindet.modeling.class_names import ENTRY as CLASSES
 
 # The keys of the methods.
 ADD_CONFIGS = (add_labelenc_config, add_crosskd_config)
@@ -92,7 +93,7 @@ def main(args):
             raise ValueError("MODEL.WEIGHTS is empty, expected the checkpoint to evaluate")
         checkpoint = CompleteCheckpointer(model).load(weights)
         for name in cfg.DATASETS.TEST:
-            classes = checkpoint.get("thing_classes")
+            classes = checkpoint.get(CLASSES)
             check_class_names(weights, classes, name, thing_classes(name))
         results = Trainer.test(cfg, model)
         if comm.is_main_process():

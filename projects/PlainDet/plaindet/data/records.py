@@ -147,7 +147,7 @@ def _missing_files(records: list[dict]) -> set[str]:
 def _problem(annotation, size, num_classes, mask_format) -> str | None:
     """What is wrong with an annotation."""
     crowd = annotation.get("iscrowd", 0)
-    if not _is_number(crowd) or crowd not in (0, 1):
+    if not isinstance(crowd, Real) or crowd not in (0, 1):
         return f"iscrowd is {crowd!r}, expected 0 or 1"
     box, mode = annotation.get("bbox"), annotation.get("bbox_mode")
     if mode not in (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS):
@@ -237,10 +237,6 @@ def _all_finite(values) -> bool:
         return all(map(math.isfinite, values))
     except (TypeError, OverflowError):
         return False
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, Real)
 
 
 def _is_integer(value) -> bool:
