@@ -434,7 +434,7 @@ def test_augmentation_of_detr(make_cfg):
     ("name", "weights"),
     [
         ("deformable_detr_R_50_50ep", "torchvision/R-50.pkl"),
-        ("deformable_detr_R_18_50ep", "R-18.pkl"),
+        ("deformable_detr_R_18_50ep", "resnet18-f37072fd.pth"),
     ],
 )
 def test_configs_for_coco(read_cfg, make_cfg, name, weights):

@@ -3,16 +3,21 @@
 import os
 import pickle
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_backbone
 from torch import nn
 
 from plaindet import read_config
 from plaindet.loading import SafeCheckpointer
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
 
 
 class Attack:
@@ -113,6 +118,32 @@ def test_model_zoo_pickles(tmp_path, protocol):
         checkpointer(model).load(str(path))
     assert torch.equal(models[0].weight, torch.from_numpy(arrays["weight"]))
     assert torch.equal(models[0].weight, models[1].weight)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_torchvisions_resnets(tmp_path, depth):
+    """Their file is read as it is, and the features are torchvision's."""
+    theirs = getattr(torchvision.models, f"resnet{depth}")().eval()
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.normal_(module.bias, std=0.1)
+    torch.save(theirs.state_dict(), tmp_path / "resnet.pth")
+    cfg = read_config(CONFIGS / f"PlainDet/backbones/torchvision_R_{depth}.yaml")
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    model = build_backbone(cfg).eval()
+    SafeCheckpointer(model).load(str(tmp_path / "resnet.pth"))
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        features = model.bottom_up(x)
+        x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(x))))
+        for stage in range(1, 5):
+            x = getattr(theirs, f"layer{stage}")(x)
+            scale = x.std().item()
+            torch.testing.assert_close(features[f"res{stage + 1}"], x, rtol=1e-4, atol=1e-4 * scale)
 
 
 def test_configs_run_no_code(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 
 import torch
@@ -25,7 +26,8 @@ _ALLOWED = {
 
 class SafeCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, which reads tensors, arrays, numbers and texts alone, also from
-    the .pkl files of Detectron2's model zoo, and refuses files with anything else."""
+    the .pkl files of Detectron2's model zoo, and refuses files with anything else. torchvision's
+    weights of ResNets get the names of Detectron2's."""
 
     def _load_file(self, filename):
         """As Detectron2's.
@@ -40,7 +42,23 @@ class SafeCheckpointer(DetectionCheckpointer):
         return super()._load_file(filename)
 
     def _torch_load(self, f):
-        return load_tensors(f)
+        loaded = load_tensors(f)
+        if isinstance(loaded, dict) and {"layer4.1.conv2.weight", "fc.weight"} <= loaded.keys():
+            # The heuristics find where the backbone is in the model.
+            return {"model": _rename_resnet(loaded), "matching_heuristics": True}
+        return loaded
+
+
+def _rename_resnet(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """torchvision's names to Detectron2's, as its tools/convert-torchvision-to-d2.py."""
+    renamed = {}
+    for key, value in weights.items():
+        key = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", key)
+        key = re.sub(r"^(conv1|bn1|fc)\b", r"stem.\1", key)
+        key = re.sub(r"\bbn(\d)", r"conv\1.norm", key)
+        key = key.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        renamed[key] = value
+    return renamed
 
 
 def load_tensors(path: str):
