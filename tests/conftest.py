@@ -80,6 +80,7 @@ def make_cfg(tmp_path, read_cfg, tiny_data):
     def make(config_file, *overrides):
         cfg = read_cfg(config_file)
         cfg.MODEL.DEVICE = "cpu"
+        cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.CHECKPOINT_PATH = False, ""
         for name in ("RETINANET", "FCOS", "GFL", "ATSS", "DEFORMABLE_DETR", "ROI_HEADS"):
             cfg.MODEL[name].NUM_CLASSES = len(CLASSES)
         cfg.DATASETS.COCO_FORMAT = [list(entry) for entry in tiny_data]

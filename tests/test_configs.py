@@ -18,8 +18,8 @@ FOLDER = Path(train_net.__file__).parent / "configs"
 R50 = "ImageNetPretrained/MSRA/R-50.pkl"
 R101 = "ImageNetPretrained/MSRA/R-101.pkl"
 SWIN = "swin_tiny_patch4_window7_224.pth?matching_heuristics=True"
-R18 = "R-18.pkl"
-MOBILENET = "mobilenet_v2-7ebf99e0.pth?matching_heuristics=True"
+R18 = "models/resnet18-f37072fd.pth"
+MOBILENET = "models/mobilenet_v2-7ebf99e0.pth"
 # Learning rates.
 DENSE, TWO_STAGE = 0.01, 0.02
 # config: (learning rate, weights of the backbone)
@@ -116,7 +116,7 @@ def test_settings_of_the_paper(read_cfg, config):
     assert cfg.INPUT.MAX_SIZE_TRAIN == cfg.INPUT.MAX_SIZE_TEST == 1333
     test = () if "reconstruction_only" in name else ("coco_2017_val",)
     assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("coco_2017_train",), test)
-    assert cfg.MODEL.WEIGHTS.endswith(weights)
+    assert (cfg.MODEL.WEIGHTS or cfg.MODEL.TIMM.CHECKPOINT_PATH).endswith(weights)
     assert cfg.INPUT.FORMAT == ("RGB" if weights in (MOBILENET, R18, SWIN) else "BGR")
     assert cfg.MODEL.MASK_ON == ("mask_rcnn" in name)
 

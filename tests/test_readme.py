@@ -44,8 +44,9 @@ OWN_DETECTORS = [
 ]
 REPLAY = 'replay["batch"]'
 BOTH_METHODS = "META_ARCHITECTURE: LabelEncCrossKDGFL"
+OWN_BACKBONE = "NAME: convnext_tiny"
 OTHERS = [RESULT, RESULT_OF_PLAINDET, OWN_PROJECT, OWN_TRAINER, OWN_TRAINER_WITH_CROSSKD, OWN_KEYS]
-OTHERS += [*OWN_DETECTORS, REPLAY, BOTH_METHODS]
+OTHERS += [*OWN_DETECTORS, REPLAY, BOTH_METHODS, OWN_BACKBONE]
 
 MY_PROJECT = """
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -220,6 +221,7 @@ def test_syntax_of_shell_snippets(number):
 )
 def test_shell(run, make_cfg, workspace, code):
     save_run(make_cfg, workspace, "retinanet")
+    (workspace / "my_backbone.yaml").write_text(snippet(OWN_BACKBONE))
     if "visualize_" in code:
         for name in re.findall(r"output/(quick/\w+)/model_final.pth", code):
             save_run(make_cfg, workspace, None, name, f"{name}.yaml")
@@ -237,6 +239,14 @@ def test_using_the_result(run_python, make_cfg, workspace):
 def test_using_the_result_of_plaindet(run_python, make_cfg, workspace, detector):
     save_run(make_cfg, workspace, detector)
     run_python(snippet(RESULT_OF_PLAINDET))
+
+
+def test_own_backbone(run, workspace):
+    """A training, without the download."""
+    (workspace / "my_backbone.yaml").write_text(snippet(OWN_BACKBONE))
+    command = [sys.executable, "train_net.py", "--config-file", "my_backbone.yaml", *TINY]
+    run([*command, "MODEL.TIMM.PRETRAINED", "False", "OUTPUT_DIR", "output/my_backbone"])
+    assert (workspace / "output" / "my_backbone" / "model_final.pth").is_file()
 
 
 def test_own_project(run_python, workspace):

@@ -15,7 +15,7 @@ from crosskd import add_crosskd_config
 from labelenc import add_labelenc_config
 from plaindet import read_config
 from plaindet.messages import some_of
-from plaindet.modeling import CompleteCheckpointer
+from plaindet.modeling import CompleteCheckpointer, without_pretrained_weights
 
 
 def add_detector_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +65,7 @@ def load_model(cfg: CfgNode, weights: str) -> tuple[torch.nn.Module, dict]:
         ValueError: it is not a checkpoint of this config.
     """
     check_file(weights)
-    model = build_model(cfg).eval()
+    model = build_model(without_pretrained_weights(cfg)).eval()
     return model, CompleteCheckpointer(model).load(weights)
 
 

@@ -54,5 +54,5 @@ CHECK
     rm -f "$(dirname "$installed")"/_C.*.so
 fi
 
-pip_install --no-build-isolation -e ".[dev,detr]"
+pip_install --no-build-isolation -e ".[dev,detr,timm]"
 "$PYTHON" -c "import detectron2, torch; print('Ready: Detectron2', detectron2.__version__, 'with torch', torch.__version__)"

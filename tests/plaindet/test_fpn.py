@@ -71,7 +71,8 @@ def brute_force(x, conv):
 
 
 def test_over_other_backbones(cfg):
-    cfg.MODEL.FPN.BOTTOM_UP = "build_mobilenet_backbone"
+    cfg.MODEL.FPN.BOTTOM_UP = "build_timm_backbone"
+    cfg.MODEL.TIMM.NAME = "mobilenetv2_100"
     for in_feature, channels in (("p5", 32), ("res5", 320)):
         cfg.MODEL.FPN.TOP_BLOCK_IN_FEATURE = in_feature
         fpn = build_backbone(cfg)

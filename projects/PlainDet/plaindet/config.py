@@ -144,11 +144,24 @@ def add_plaindet_config(cfg: CfgNode) -> None:
     # What the two convolutions read: "p5", or a feature of the network below ("res5").
     cfg.MODEL.FPN.TOP_BLOCK_IN_FEATURE = "p5"
 
-    # MobileNetV2 (build_mobilenet_backbone).
-    cfg.MODEL.MOBILENET = CfgNode()
-    cfg.MODEL.MOBILENET.OUT_FEATURES = ["res3", "res4", "res5"]
-    # Normalisation, see detectron2.layers.get_norm.
-    cfg.MODEL.MOBILENET.NORM = "FrozenBN"
+    # Any network of timm (build_timm_backbone; needs the optional extra [timm]).
+    cfg.MODEL.TIMM = CfgNode()
+    # The network, with the tag of its weights if there are several: "convnext_tiny.fb_in1k".
+    cfg.MODEL.TIMM.NAME = ""
+    # Whether timm downloads the weights.
+    cfg.MODEL.TIMM.PRETRAINED = False
+    # A file or URL with the weights, in place of the download: timm's (.pth, .safetensors), or
+    # torchvision's of ResNets, RegNets and MobileNetV2. MODEL.WEIGHTS, which is for whole
+    # detectors, goes before both.
+    cfg.MODEL.TIMM.CHECKPOINT_PATH = ""
+    # "res<k>" has the stride 2^k. What lies behind the last one is not built.
+    cfg.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # Of networks with batch norms: "FrozenBN" (as they were trained), "BN" or "SyncBN".
+    cfg.MODEL.TIMM.NORM = "FrozenBN"
+    # k freezes all up to the features of stride 2^k, 2: the stem and a ResNet's first stage.
+    cfg.MODEL.TIMM.FREEZE_AT = 0
+    # Stochastic depth, of networks that have it.
+    cfg.MODEL.TIMM.DROP_PATH_RATE = 0.0
 
     # Swin Transformer (build_swin_backbone). The defaults are Swin-T's.
     cfg.MODEL.SWIN = CfgNode()

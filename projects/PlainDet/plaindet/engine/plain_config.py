@@ -8,7 +8,11 @@ from torch import nn
 
 from plaindet.config import add_plaindet_config, add_registered_configs
 from plaindet.files import write_atomically
-from plaindet.modeling import TrainingOnlyModules, is_training_only
+from plaindet.modeling import (
+    TrainingOnlyModules,
+    is_training_only,
+    without_pretrained_weights,
+)
 
 FILE_NAME = "plain_config.yaml"
 
@@ -21,13 +25,14 @@ def write_plain_config(cfg: CfgNode, model: nn.Module) -> None:
     of :func:`plaindet.register_config`.
 
     It has what differs from the defaults, as the configs of Detectron2, so that other versions of
-    Detectron2, which have other keys, read it too.
+    Detectron2, which have other keys, read it too. It loads no pretrained backbone, since a
+    checkpoint has all weights.
     """
     defaults = get_cfg()
     add_registered_configs(defaults)
     if _needs_plaindet(cfg, model):
         add_plaindet_config(defaults)
-    plain = _differences(cfg, defaults)
+    plain = _differences(without_pretrained_weights(cfg), defaults)
     plain.VERSION = defaults.VERSION
     if isinstance(model, TrainingOnlyModules):
         plain.MODEL.META_ARCHITECTURE = model.plain_class().__name__

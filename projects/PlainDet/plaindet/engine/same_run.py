@@ -14,7 +14,12 @@ from plaindet.messages import some_of
 # What says how weights are meant, without a change of any shape.
 MEANINGS = ("ANCHOR_GENERATOR.", "META_ARCHITECTURE", "BBOX_REG_WEIGHTS", "PIXEL_MEAN", "PIXEL_STD")
 # What may differ between the parts of a run.
-FREE = ("MODEL.WEIGHTS", "MODEL.DEVICE")
+FREE = (
+    "MODEL.WEIGHTS",
+    "MODEL.DEVICE",
+    "MODEL.TIMM.PRETRAINED",
+    "MODEL.TIMM.CHECKPOINT_PATH",
+)
 
 
 def check_same_model(

@@ -11,8 +11,9 @@ from .deformable_detr import DeformableDETR
 from .fcos import FCOS, FCOSHead
 from .fpn import LastLevelP6P7WithoutReLU, build_fpn_backbone
 from .gfl import GFL, GFLHead
-from .mobilenet import MobileNetV2, build_mobilenet_backbone
 from .normalizer import mean_over_processes
 from .swin import build_swin_backbone
 from .teacher import CompleteCheckpointer, Teacher, build_teacher
+from .timm_backbone import TimmBackbone, build_timm_backbone
+from .timm_weights import without_pretrained_weights
 from .training_only import TrainingOnlyModules, is_training_only, keep_training_only

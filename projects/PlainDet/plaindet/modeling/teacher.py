@@ -15,6 +15,7 @@ from plaindet.loading import SafeCheckpointer
 from plaindet.messages import some_of
 
 from .class_names import ENTRY as CLASSES
+from .timm_weights import without_pretrained_weights
 
 _REMEDY = "The config of a teacher is the plain_config.yaml beside its checkpoint"
 
@@ -108,7 +109,7 @@ def build_teacher(node: CfgNode, device: str, key: str) -> Teacher:
     weights = node.WEIGHTS or cfg.MODEL.WEIGHTS
     _check_file(weights, f"{key}.WEIGHTS")
     try:
-        model = build_model(cfg)
+        model = build_model(without_pretrained_weights(cfg))
         checkpoint = CompleteCheckpointer(model).load(weights)
     except (KeyError, ValueError, AssertionError) as error:
         raise ValueError(
