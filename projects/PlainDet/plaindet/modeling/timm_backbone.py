@@ -14,7 +14,12 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import nn
 
-from .timm_weights import check_images, read_weights, without_expected_warnings
+from .timm_weights import (
+    check_images,
+    create_without_data,
+    read_weights,
+    without_expected_warnings,
+)
 
 NORMS = ("FrozenBN", "BN", "SyncBN")
 
@@ -204,14 +209,14 @@ def _find_levels(name: str, drop_path_rate: float) -> tuple[dict[int, Level], di
         images of any size
     """
     # Some networks drop paths by default, and some know no such option. Transformers want to be
-    # told that images have several sizes.
+    # told that images have several sizes; the second way is Swin's before timm 1.0.31.
     drop_path = {"drop_path_rate": drop_path_rate}
+    any_size = ({}, {"dynamic_img_size": True}, {"strict_img_size": False})
     reason = None
     for options in (drop_path, {}) if drop_path_rate == 0 else (drop_path,):
-        for more in ({}, {"dynamic_img_size": True}):
+        for more in any_size:
             try:
-                with torch.device("meta"):
-                    model = _create(name, **options, **more)
+                model = create_without_data(name, features_only=True, **options, **more)
                 return _levels_of(model.eval()), {**options, **more}
             except (AssertionError, RuntimeError, TypeError, ValueError) as error:
                 if reason is None or not isinstance(error, TypeError):  # not of a wrong option

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
+from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +67,9 @@ def read_weights(name: str, path: str) -> dict[str, torch.Tensor]:
         # timm itself accepts for a backbone that any part of the weights is missing.
         overlay = {"state_dict": dict(weights), "num_classes": num_classes}
         try:
-            with torch.device("meta"), without_expected_warnings():
-                timm.create_model(
-                    name, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=overlay
-                )
+            create_without_data(
+                name, num_classes=num_classes, pretrained=True, pretrained_cfg_overlay=overlay
+            )
             return weights
         except (RuntimeError, KeyError) as error:
             errors.append(error)
@@ -77,6 +77,22 @@ def read_weights(name: str, path: str) -> dict[str, torch.Tensor]:
         f"MODEL.TIMM.CHECKPOINT_PATH {path} does not have the weights of {name}: "
         f"{str(errors[0])[:500]}"
     ) from errors[0]
+
+
+def create_without_data(name: str, **options) -> nn.Module:
+    """A network of timm on the meta device, where it costs next to no time.
+
+    Args:
+        options: of `timm.create_model`.
+    """
+    import timm
+
+    with without_expected_warnings():
+        try:
+            with torch.device("meta"):
+                return timm.create_model(name, **options)
+        except RuntimeError:  # timm before 1.0.30 computes in the making of some networks
+            return timm.create_model(name, **options).to("meta")
 
 
 def _numbers_of_classes(weights: dict[str, torch.Tensor]) -> list[int]:
