@@ -78,10 +78,12 @@ class LabelEncoder(Backbone):
     4..32, channels 256..2048.
     """
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int, last_feature: str = "res5"):
         """
         Args:
             num_classes: C, the classes of the label map.
+            last_feature: what lies behind it is left out, since DistributedDataParallel refuses
+                parameters that get no gradient.
         """
         super().__init__()
         self.num_classes = num_classes
@@ -97,6 +99,8 @@ class LabelEncoder(Backbone):
         self._out_features = ["res2", "res3", "res4", "res5"]
         self._out_feature_strides = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
         self._out_feature_channels = {"res2": 256, "res3": 512, "res4": 1024, "res5": 2048}
+        while self._out_features[-1] != last_feature:
+            delattr(self, self._out_features.pop())
 
     def forward(self, label_maps: list[LabelMap] | torch.Tensor) -> dict[str, torch.Tensor]:
         """
@@ -131,10 +135,10 @@ def build_label_encoder(detector_fpn: FPN, num_classes: int, norm: str = "") -> 
         raise TypeError(
             f"LabelEnc needs a detector whose backbone is an FPN, found {type(detector_fpn)}"
         )
-    encoder = LabelEncoder(num_classes)
-    name_of_stride = {shape.stride: name for name, shape in encoder.output_shape().items()}
     shapes = detector_fpn.bottom_up.output_shape()
+    name_of_stride = {2**k: f"res{k}" for k in range(2, 6)}
     in_features = [name_of_stride[shapes[name].stride] for name in detector_fpn.in_features]
+    encoder = LabelEncoder(num_classes, last_feature=in_features[-1])
     out_channels = next(iter(detector_fpn.output_shape().values())).channels
     return FPN(
         bottom_up=encoder,
