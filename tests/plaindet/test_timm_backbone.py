@@ -14,6 +14,7 @@ from torchvision import models as torchvisions
 
 from plaindet import add_plaindet_config
 from plaindet.modeling import TimmBackbone
+from plaindet.modeling.timm_backbone import _find_levels
 
 # One small network of each family, with the channels of strides 4 to 32.
 NETWORKS = {
@@ -302,3 +303,11 @@ def test_images_of_the_weights(cfg, tmp_path, caplog, change, warns):
         caplog.clear()
         build_backbone(cfg)
         assert not caplog.records
+
+
+def test_built_without_gradients():
+    """As a detector for evaluation alone may be."""
+    _find_levels.cache_clear()
+    with torch.no_grad():
+        features = TimmBackbone("tf_efficientnet_lite0")(torch.rand(1, 3, 64, 64))
+    assert list(features) == NAMES

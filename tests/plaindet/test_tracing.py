@@ -33,15 +33,18 @@ def trained_a_little(model):
     return model.eval()
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize(
+    ("detector", "backbone"),
+    [*((detector, "R_18") for detector in DETECTORS), ("retinanet", "lite0")],
+)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @torch.no_grad()
-def test_traced_detector(make_cfg, detector):
+def test_traced_detector(make_cfg, detector, backbone):
     """With score thresholds that leave few, many and more candidates than are kept of a level."""
     node = f"MODEL.{detector.removesuffix('_imprv').upper()}"
     cfg = make_cfg(
-        f"quick/{detector}_R_18_baseline.yaml",
+        f"quick/{detector}_{backbone}_baseline.yaml",
         *(f"{node}.TOPK_CANDIDATES_TEST", str(TOPK), f"{node}.SCORE_THRESH_TEST", "0.0"),
     )
     model = trained_a_little(build_model(cfg))

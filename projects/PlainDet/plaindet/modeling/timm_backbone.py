@@ -201,6 +201,8 @@ def _download(name: str, options: dict) -> nn.Module:
 
 
 @lru_cache
+@torch.inference_mode(False)
+@torch.enable_grad()  # the graph of the computation tells what a feature comes from
 def _find_levels(name: str, drop_path_rate: float) -> tuple[dict[int, Level], dict]:
     """Tries a network on images without data.
 
