@@ -114,6 +114,9 @@ class TimmBackbone(Backbone):
         Returns:
             of `out_features`: (N, channels, H / stride, W / stride)
         """
+        if x.device.type == "cpu":
+            # Training iterations of whole detectors take 0.84 to 1.00 times as long.
+            x = x.contiguous(memory_format=torch.channels_last)
         outputs = dict(zip(self._out_features, self.model(x)))
         for name, channels_last in self._channels_last.items():
             if channels_last:
