@@ -145,40 +145,6 @@ def test_data_set_of_the_demos(tiny_data):
     assert runs.dataset_overrides(None) == []
 
 
-def test_benchmark(monkeypatch, capsys):
-    arguments = "benchmark --size 64 96 --num-classes 20 --rounds 1 --no-memory"
-    arguments += " --detectors retinanet mask_rcnn"
-    monkeypatch.setattr("sys.argv", arguments.split())
-    benchmark = import_module("benchmark")
-    step1, step2 = "labelenc_step1", "labelenc_step2"
-    small = {"plain": ("baseline", None), "step 1": (step1, True), "step 2": (step2, True)}
-    small["step 2, after the cut-off"] = (step2, False)
-    small = {row: (f"quick/{{}}_R_18_{name}.yaml", on) for row, (name, on) in small.items()}
-    monkeypatch.setattr(benchmark, "TRAINING", small)
-    benchmark.main()
-    table = capsys.readouterr().out
-    for detector in ("retinanet", "mask_rcnn"):
-        assert re.search(rf"{detector} .*iteration .*\n.*\n\| plain \| [\d.]+ \| 1.000 \|", table)
-    for row in ("step 1", "step 2", "step 2, after the cut-off", "LabelEnc", "dense"):
-        assert re.search(rf"\| {row} \| [\d.]+ \| [\d.]+ \|", table), row
-    label_map = 3 * 64 * 96 * 4 / 2**20
-    assert f"{label_map:.1f} MiB sparse, {label_map / 3 * 20:.1f} MiB dense" in table
-
-
-def test_benchmark_of_crosskd(monkeypatch, capsys):
-    arguments = "benchmark_crosskd --size 64 96 --num-classes 20 --rounds 1 --teacher-depth 18"
-    monkeypatch.setattr("sys.argv", [*arguments.split(), "--detectors", "gfl", "fcos"])
-    import_module("benchmark_crosskd").main()
-    table = capsys.readouterr().out
-    for detector in ("gfl", "fcos"):
-        rows = re.search(
-            rf"{detector} R-18 from R-18.*\n.*\n\| plain student \| [\d.]+ \| ([\d.]+) \|\n"
-            r"\| teacher, forward pass \| [\d.]+ \| ([\d.]+) \|\n\| CrossKD \| [\d.]+ \| [\d.]+ \|",
-            table,
-        )
-        assert sum(map(float, rows.groups())) == pytest.approx(1, abs=0.002)
-
-
 def test_overhead(monkeypatch, capsys):
     arguments = "overhead --rounds 2 INPUT.MIN_SIZE_TRAIN (64,) INPUT.MAX_SIZE_TRAIN 64"
     arguments += " SOLVER.IMS_PER_BATCH 2 DATALOADER.NUM_WORKERS 0"

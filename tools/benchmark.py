@@ -1,44 +1,55 @@
 #!/usr/bin/env python
 """Measures what LabelEnc costs, as ratios to plain Detectron2 in the same run.
 
-    python tools/benchmark.py [--size 800 1333] [--num-classes 80] [--device cuda] ...
+    python tools/benchmark.py [--size 800 1333] [--num-classes 80] [--device cuda] [--amp] ...
 
-The variants take turns, so that a change of the machine's speed meets all of them; a ratio is the
-median over the rounds.
+The variants of a detector take turns, so that a change of the machine's speed meets all of them; a
+ratio is the median over the rounds. Memory is measured before, with one variant at a time.
 """
 
 import argparse
-import resource
-import statistics
-import time
-from multiprocessing import get_context
+import functools
 from pathlib import Path
 
 import torch
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances, PolygonMasks
-from detectron2.utils.events import EventStorage
 
-from labelenc import LabelEncoder, LabelMap, add_labelenc_config
+from labelenc import LabelEncHook, LabelEncoder, LabelMap, add_labelenc_config
 from plaindet import read_config
-from plaindet.engine import build_optimizer
+
+from benchmark_measure import measure_memory, measure_seconds, release
+from benchmark_profile import profile_step
+from benchmark_report import Report, add_epochs, add_memory, make_rows
+from benchmark_steps import autocast, inference, make_batch, training_iteration
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-DETECTORS = ["retinanet", "fcos_imprv", "faster_rcnn", "mask_rcnn"]
+DETECTORS = ["retinanet", "fcos_imprv", "gfl", "atss", "faster_rcnn", "mask_rcnn"]
+PLAIN_CONFIG = "PlainDet/{}_R_50_FPN_1x.yaml"
 PLAIN = "plain"
-# name: config, whether L3 is switched on
+# name: step, whether L3 or the auxiliary loss is switched on
 TRAINING = {
-    PLAIN: ("PlainDet/{}_R_50_FPN_1x.yaml", None),
-    "step 1, warm-up without L3": ("LabelEnc/{}_R_50_FPN_step1.yaml", False),
-    "step 1": ("LabelEnc/{}_R_50_FPN_step1.yaml", True),
-    "step 2": ("LabelEnc/{}_R_50_FPN_step2.yaml", True),
-    "step 2, after the cut-off": ("LabelEnc/{}_R_50_FPN_step2.yaml", False),
+    PLAIN: (None, None),
+    "step 1, warm-up without L3": (1, False),
+    "step 1": (1, True),
+    "step 2": (2, True),
+    "step 2, after the cut-off": (2, False),
 }
+# The largest ratios to plain that are wanted.
+GOALS = {
+    "step 1, warm-up without L3": 2.0,
+    "step 1": 2.0,
+    "step 2": 1.2,
+    "step 2, after the cut-off": 1.01,
+}
+MEMORY_GOALS = {"step 2": 1.25, "step 2, after the cut-off": 1.25}
+INFERENCE_GOALS = {"LabelEnc": 1.0}
 
 
 def add_arguments(parser, detectors, size):
     """Adds the arguments of a benchmark of detectors."""
-    parser.add_argument("--detectors", nargs="+", default=detectors, help="; ".join(detectors))
+    parser.add_argument(
+        "--detectors", nargs="+", default=detectors, choices=detectors, metavar="DETECTOR"
+    )
     parser.add_argument("--size", type=int, nargs=2, default=size, metavar=("H", "W"))
     parser.add_argument("--num-classes", type=int, default=80)
     parser.add_argument("--boxes", type=int, default=8, help="objects in an image")
@@ -46,94 +57,65 @@ def add_arguments(parser, detectors, size):
     parser.add_argument("--images", type=int, default=1, help="images in a batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--amp",
+        nargs="?",
+        const="float16",
+        choices=["float16", "bfloat16"],
+        help="mixed precision in training, by default that of SOLVER.AMP.ENABLED, float16",
+    )
+    parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
+    parser.add_argument("--output", metavar="FOLDER", help="for the tables, as .md and .json")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="no tables: the longest operators and gaps of the training iterations",
+    )
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_arguments(parser, DETECTORS, size=(800, 1333))
-    parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     return parser.parse_args()
 
 
-def print_settings(args):
-    height, width = args.size
-    print(
-        f"{args.images} image(s) of {height} x {width}, {args.num_classes} classes, {args.boxes} "
-        f"boxes of {args.present} classes, {args.device}, {torch.get_num_threads()} threads, "
-        f"{args.rounds} rounds",
-        flush=True,
-    )
+def build(args, detector, step):
+    """The plain detector, or the one of a step of LabelEnc, and its config."""
+    cfg = read_config(CONFIGS / PLAIN_CONFIG.format(detector), (), [add_labelenc_config])
+    if step is not None:
+        cfg.MODEL.META_ARCHITECTURE = "LabelEnc" + cfg.MODEL.META_ARCHITECTURE
+        cfg.MODEL.LABELENC.STEP = step
+    set_classes(args, cfg)
+    return build_model(cfg), cfg
 
 
-def make_batch(args):
-    """Images with `args.boxes` random boxes of `args.present` classes."""
-    generator = torch.Generator().manual_seed(0)
-    height, width = args.size
-    batch = []
-    for _ in range(args.images):
-        corners = torch.rand(args.boxes, 2, generator=generator) * torch.tensor([width, height]) / 2
-        # Sides of 2 % to 60 % of the image, small ones as frequent as large ones on a log scale.
-        sides = 0.02 * 30 ** torch.rand(args.boxes, 2, generator=generator)
-        sizes = sides * torch.tensor([width, height])
-        boxes = torch.cat([corners, corners + sizes], dim=1)
-        classes = torch.arange(args.boxes) % args.present * (args.num_classes // args.present)
-        instances = Instances((height, width), gt_boxes=Boxes(boxes), gt_classes=classes)
-        corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]]
-        instances.gt_masks = PolygonMasks([[polygon.numpy()] for polygon in corners])
-        batch.append(
-            {
-                "image": torch.randint(0, 255, (3, height, width), generator=generator).float(),
-                "instances": instances,
-                "label_map": LabelMap.from_boxes(boxes, classes, (height, width)),
-            }
-        )
-    return batch
-
-
-def read_benchmark_config(args, config_file):
-    cfg = read_config(CONFIGS / config_file, (), [add_labelenc_config])
+def set_classes(args, cfg):
+    """The settings that do not come from the config's file."""
     cfg.MODEL.DEVICE = args.device
-    for head in (cfg.MODEL.RETINANET, cfg.MODEL.FCOS, cfg.MODEL.ROI_HEADS):
+    model = cfg.MODEL
+    for head in (model.RETINANET, model.FCOS, model.GFL, model.ATSS, model.ROI_HEADS):
         head.NUM_CLASSES = args.num_classes
+    cfg.MODEL.DEFORMABLE_DETR.NUM_CLASSES = args.num_classes
     cfg.VIS_PERIOD = 0
-    return cfg
 
 
 def training_step(args, detector, name):
-    """Returns a function that runs one training iteration of a variant."""
-    config_file, distance_enabled = TRAINING[name]
-    cfg = read_benchmark_config(args, config_file.format(detector))
-    model = build_model(cfg)
-    if distance_enabled is not None:
-        model.distance_enabled = distance_enabled
-    return optimization_step(model, cfg, make_batch(args))
+    """One training iteration of a variant."""
+    step, distance_enabled = TRAINING[name]
+    model, cfg = build(args, detector, step)
+    hooks = []
+    if step is not None:
+        hooks.append(LabelEncHook(model, start=0, stop=int(distance_enabled)))
+    return training_iteration(args, model, cfg, make_batch(args), hooks)
 
 
-def optimization_step(model, cfg, batch):
-    """Returns a function that trains a model on the same batch again."""
-    cfg.SOLVER.BASE_LR = 1e-6  # random labels must not make the numbers explode
-    optimizer = build_optimizer(cfg, model.train())
-
-    def step():
-        optimizer.zero_grad()
-        with EventStorage():
-            sum(model(batch).values()).backward()
-        optimizer.step()
-
-    return step
-
-
-def inference_step(args, config_file):
-    """Returns a function that runs one inference."""
-    torch.manual_seed(0)
-    model = build_model(read_benchmark_config(args, config_file)).eval()
-    batch = make_batch(args)
-
-    @torch.no_grad()
-    def step():
-        model(batch)
-
-    return step
+def inference_steps(args, detector):
+    """Inference of the plain detector and of the one that LabelEnc trains."""
+    steps = {}
+    for name, step in ((PLAIN, None), ("LabelEnc", 2)):
+        torch.manual_seed(0)
+        steps[name] = inference(build(args, detector, step)[0], make_batch(args))
+    return steps
 
 
 def draw_dense(boxes, classes, num_classes, size):
@@ -166,97 +148,76 @@ def stem_steps(args):
 
     def step(label_maps):
         stem.zero_grad()
-        stem(label_maps).sum().backward()
+        with autocast(args):
+            output = stem(label_maps)
+        output.sum().backward()
 
     return {"dense": lambda: step(dense), "sparse": lambda: step([label_map])}
 
 
-def measure(steps, rounds, device):
-    """Runs the functions in turn, after one round to warm up.
+def report_training(args, report, title, builders, baseline, compared, goals, memory_goals):
+    """Measures training iterations and adds their table, or with --profile their profiles.
 
-    Returns:
-        {name: seconds, one for each round}
+    Args:
+        builders: {name: returns the step}; the memory of the first is what others' is compared to.
+        baseline: what the times of a round are compared to, from {name: seconds of all rounds}.
+        compared: the name of that.
     """
-    seconds = {name: [] for name in steps}
-    for round_ in range(rounds + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            if round_ > 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def peak_memory(args, detector, name):
-    """MiB at the peak of one training iteration, of the device or (on the CPU) of the process."""
-    step = training_step(args, detector, name)
-    step()
-    if args.device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def in_new_process(function, *args):
-    with get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
-
-
-def print_table(header, rows):
-    print("\n| " + " | ".join(header) + " |")
-    print("|" + "---|" * len(header))
-    for row in rows:
-        print("| " + " | ".join(row) + " |", flush=True)
-
-
-def ratio_row(name, seconds, baseline, *more):
-    ratio = statistics.median(a / b for a, b in zip(seconds, baseline))
-    return (name, f"{statistics.median(seconds):.4f}", f"{ratio:.3f}", *more)
+    if args.profile:
+        for name, build_step in builders.items():
+            report.add_text(profile_step(f"{title}: {name}", build_step(), args.device))
+            release()
+        return
+    peaks = dict.fromkeys(builders) if args.no_memory else measure_memory(builders, args.device)
+    steps = {name: builders[name]() for name in peaks}
+    seconds = measure_seconds(steps, args.rounds, args.device)
+    del steps
+    release()
+    rows = make_rows(list(builders), seconds, baseline(seconds), goals)
+    if not args.no_memory:
+        add_memory(rows, peaks, next(iter(builders)), memory_goals)
+    add_epochs(rows, args.images)
+    report.add(f"{title}, training iteration", compared, rows)
 
 
 def main():
     args = parse_args()
-    print_settings(args)
-    memory = {}
-    for detector in args.detectors if not args.no_memory else ():
-        # First, since a new process starts with the peak of the one that made it.
-        for name in TRAINING:
-            memory[detector, name] = f"{in_new_process(peak_memory, args, detector, name):.0f}"
+    report = Report("labelenc" + "-profile" * args.profile, args)
     for detector in args.detectors:
-        steps = {name: training_step(args, detector, name) for name in TRAINING}
-        seconds = measure(steps, args.rounds, args.device)
-        del steps
-        print_table(
-            (f"{detector} R-50 training iteration", "s", "ratio to plain", "peak memory, MiB"),
-            [
-                ratio_row(name, seconds[name], seconds[PLAIN], memory.get((detector, name), "-"))
-                for name in TRAINING
-            ],
+        builders = {
+            name: functools.partial(training_step, args, detector, name) for name in TRAINING
+        }
+        report_training(
+            args,
+            report,
+            f"{detector} R-50",
+            builders,
+            lambda seconds: seconds.get(PLAIN, ()),
+            PLAIN,
+            GOALS,
+            MEMORY_GOALS,
         )
+    if args.profile:
+        return
 
     for detector in args.detectors:
-        models = {PLAIN: TRAINING[PLAIN][0], "LabelEnc": TRAINING["step 2"][0]}
-        steps = {name: inference_step(args, file.format(detector)) for name, file in models.items()}
-        seconds = measure(steps, 2 * args.rounds, args.device)
-        print_table(
-            (f"{detector} R-50 inference", "s", "ratio to plain"),
-            [ratio_row(name, seconds[name], seconds[PLAIN]) for name in models],
-        )
+        steps = inference_steps(args, detector)
+        seconds = measure_seconds(steps, 2 * args.rounds, args.device)
+        rows = make_rows(list(steps), seconds, seconds.get(PLAIN, ()), INFERENCE_GOALS)
+        report.add(f"{detector} R-50, inference", PLAIN, rows)
+        del steps
+        release()
 
     for title, steps in (
         ("drawing a label map", drawing_steps(args)),
         ("stem, forward and backward", stem_steps(args)),
     ):
-        seconds = measure(steps, 3 * args.rounds, args.device)
-        print_table(
-            (title, "s", "ratio to sparse"),
-            [ratio_row(name, seconds[name], seconds["sparse"]) for name in steps],
-        )
+        seconds = measure_seconds(steps, 3 * args.rounds, args.device)
+        report.add(title, "sparse", make_rows(list(steps), seconds, seconds["sparse"], {}))
     sparse = make_batch(args)[0]["label_map"].values
-    print(
-        f"\nlabel map: {sparse.nbytes / 2**20:.1f} MiB sparse, "
-        f"{sparse.nbytes / len(sparse) * args.num_classes / 2**20:.1f} MiB dense"
+    report.add_text(
+        f"label map: {sparse.nbytes / 2**20:.1f} MiB sparse, "
+        f"{sparse.nbytes / len(sparse) * args.num_classes / 2**20:.1f} MiB dense\n"
     )
 
 

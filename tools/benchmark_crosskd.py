@@ -6,36 +6,42 @@ That is a training iteration of the plain student and a forward pass of the teac
     python tools/benchmark_crosskd.py [--size 416 672] [--student-depth 18] [--teacher-depth 50] ...
 
 The variants take turns, so that a change of the machine's speed meets all of them; a ratio is the
-median over the rounds.
+median over the rounds. Memory is measured before, with one variant at a time.
 """
 
 import argparse
+import functools
 
 import torch
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNN, build_model
+from detectron2.structures import Boxes, Instances
 
 from crosskd import add_crosskd_config
+from crosskd.box_head import region_features, region_predictions
 from plaindet import read_config
-from plaindet.modeling import Teacher
+from plaindet.modeling import DeformableDETR, Teacher
 
-from benchmark import (
-    CONFIGS,
-    add_arguments,
-    make_batch,
-    measure,
-    optimization_step,
-    print_settings,
-    print_table,
-    ratio_row,
-)
+from benchmark import CONFIGS, add_arguments, report_training, set_classes
+from benchmark_report import Report
+from benchmark_steps import autocast, make_batch, training_iteration
 
-DETECTORS = ["gfl", "retinanet", "atss", "fcos"]
+CONFIG_FILES = {
+    "gfl": "CrossKD/gfl_R_50_FPN_from_R_101.yaml",
+    "retinanet": "CrossKD/retinanet_R_50_FPN_from_R_101.yaml",
+    "atss": "CrossKD/atss_R_50_FPN_from_R_101.yaml",
+    "fcos": "CrossKD/fcos_R_50_FPN_from_R_101.yaml",
+    "faster_rcnn": "CrossKD/faster_rcnn_R_18_FPN_from_R_50.yaml",
+    "mask_rcnn": "CrossKD/mask_rcnn_R_18_FPN_from_R_50.yaml",
+    "deformable_detr": "CrossKD/deformable_detr_R_18_from_R_50_50ep.yaml",
+}
 PLAIN, TEACHER, CROSSKD = "plain student", "teacher, forward pass", "CrossKD"
+# The largest ratio that is wanted.
+GOALS = {CROSSKD: 1.1}
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_arguments(parser, DETECTORS, size=(416, 672))
+    add_arguments(parser, list(CONFIG_FILES), size=(416, 672))
     parser.add_argument("--student-depth", type=int, default=18, help="of its ResNet")
     parser.add_argument("--teacher-depth", type=int, default=50, help="of its ResNet")
     return parser.parse_args()
@@ -43,51 +49,98 @@ def parse_args():
 
 def build(args, detector, depth, plain=True):
     """The model of the COCO config of a detector, with a ResNet of another depth."""
-    config_file = CONFIGS / "CrossKD" / f"{detector}_R_50_FPN_from_R_101.yaml"
-    cfg = read_config(config_file, (), [add_crosskd_config])
-    cfg.MODEL.DEVICE = args.device
+    cfg = read_config(CONFIGS / CONFIG_FILES[detector], (), [add_crosskd_config])
     cfg.MODEL.RESNETS.DEPTH = depth
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64 if depth < 50 else 256
-    for head in (cfg.MODEL.RETINANET, cfg.MODEL.FCOS, cfg.MODEL.GFL, cfg.MODEL.ATSS):
-        head.NUM_CLASSES = args.num_classes
+    set_classes(args, cfg)
     if plain:
         cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE.removeprefix("CrossKD")
     return build_model(cfg), cfg
 
 
-def detector_steps(args, detector):
-    """Functions that run one iteration of the student, the teacher and CrossKD."""
-    batch = make_batch(args)
-    plain, _ = build(args, detector, args.student_depth)
-    student, cfg = build(args, detector, args.student_depth, plain=False)
-    teacher = Teacher(build(args, detector, args.teacher_depth)[0], cfg.INPUT.FORMAT)
-    student.set_teacher(teacher)
+def build_teacher(args, detector):
+    """A teacher without trained weights, and its config."""
+    model, cfg = build(args, detector, args.teacher_depth)
+    return Teacher(model, cfg.INPUT.FORMAT), cfg
+
+
+def plain_step(args, detector):
+    """One training iteration of the student alone."""
+    model, cfg = build(args, detector, args.student_depth)
+    return training_iteration(args, model, cfg, make_batch(args))
+
+
+def crosskd_step(args, detector):
+    """One training iteration of the student with its teacher."""
+    model, cfg = build(args, detector, args.student_depth, plain=False)
+    model.set_teacher(build_teacher(args, detector)[0])
+    return training_iteration(args, model, cfg, make_batch(args))
+
+
+def teacher_step(args, detector):
+    """What CrossKD needs of the teacher alone: its features and its predictions, for a two-stage
+    detector those of as many regions as the student trains on."""
+    teacher, cfg = build_teacher(args, detector)
+    model, batch = teacher.model, make_batch(args)
+    if isinstance(model, GeneralizedRCNN):
+        regions = make_regions(args, cfg)
+
+        def predict(features):
+            pooled = region_features(model.roi_heads, features, regions, cfg.MODEL.CROSSKD.POSITION)
+            region_predictions(model.roi_heads, pooled, cfg.MODEL.CROSSKD.POSITION)
+
+    elif isinstance(model, DeformableDETR):
+        images = model.preprocess_image(batch)
+
+        def predict(features):
+            model.transformer.decode(model.encode(features, images))
+
+    else:
+
+        def predict(features):
+            model.head([features[name] for name in model.head_in_features])
 
     @torch.no_grad()
-    def teacher_forward():
-        features = teacher.features(batch, cfg.INPUT.FORMAT, teacher.model.device)
-        teacher.model.head([features[name] for name in teacher.model.head_in_features])
+    def step():
+        with autocast(args):
+            predict(teacher.features(batch, cfg.INPUT.FORMAT, model.device))
 
-    return {
-        PLAIN: optimization_step(plain, cfg, batch),
-        TEACHER: teacher_forward,
-        CROSSKD: optimization_step(student, cfg, batch),
-    }
+    return step
+
+
+def make_regions(args, cfg):
+    """Random regions, as many of each image as a two-stage detector samples for training."""
+    generator = torch.Generator().manual_seed(0)
+    extent = torch.tensor([args.size[1], args.size[0]])
+    regions = []
+    for _ in range(args.images):
+        points = torch.rand(cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE, 2, 2, generator=generator)
+        corners = (points * extent).sort(dim=1).values.flatten(1)
+        regions.append(Instances(tuple(args.size), proposal_boxes=Boxes(corners.to(args.device))))
+    return regions
+
+
+STEPS = {PLAIN: plain_step, TEACHER: teacher_step, CROSSKD: crosskd_step}
+
+
+def student_and_teacher(seconds):
+    """The sum of each round, from {name: seconds of all rounds}."""
+    return [sum(pair) for pair in zip(seconds.get(PLAIN, ()), seconds.get(TEACHER, ()))]
 
 
 def main():
     args = parse_args()
-    print_settings(args)
+    report = Report("crosskd" + "-profile" * args.profile, args)
     for detector in args.detectors:
-        seconds = measure(detector_steps(args, detector), args.rounds, args.device)
-        total = [sum(pair) for pair in zip(seconds[PLAIN], seconds[TEACHER])]
-        print_table(
-            (
-                f"{detector} R-{args.student_depth} from R-{args.teacher_depth}, iteration",
-                "s",
-                "ratio to student + teacher",
-            ),
-            [ratio_row(name, seconds[name], total) for name in (PLAIN, TEACHER, CROSSKD)],
+        report_training(
+            args,
+            report,
+            f"{detector} R-{args.student_depth} from R-{args.teacher_depth}",
+            {name: functools.partial(step, args, detector) for name, step in STEPS.items()},
+            student_and_teacher,
+            "student + teacher",
+            GOALS,
+            {},
         )
 
 
