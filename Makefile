@@ -3,8 +3,13 @@ VENV ?= .venv
 # pip requirement or source folder of Detectron2; empty: see tools/install.sh.
 DETECTRON2 ?=
 PYTHON := $(VENV)/bin/python
-# One stamp for each choice of Detectron2, so that another choice installs again.
-STAMP := $(VENV)/.installed-$(firstword $(shell echo "$(DETECTRON2)" | cksum))
+# Folder of wheels to install from, without an index; empty: the index. See tools/wheels.sh.
+WHEELS ?=
+# One stamp for each choice of them, so that another choice installs again.
+STAMP := $(VENV)/.installed-$(firstword $(shell echo "$(DETECTRON2) $(WHEELS)" | cksum))
+# The folder has no PyTorch. A new environment sees the packages of python3, itself one or not.
+SEE_PACKAGES := python3 -c 'import sys; print(*sys.path[1:], sep="\n")' \
+	> "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/python3.pth"
 
 # The studies, their data sets, and how many of their runs are trained at the same time.
 STUDIES ?= $(filter-out Base%,$(notdir $(basename $(wildcard configs/studies/*.yaml))))
@@ -15,14 +20,15 @@ JOBS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install weights test test-long golden lint format demo demo-crosskd study study-smoke bench soak
+.PHONY: help install weights test test-long golden lint format demo demo-crosskd study study-smoke bench
+.PHONY: soak
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
-$(STAMP): tools/install.sh constraints.txt setup.cfg pyproject.toml
-	test -x $(PYTHON) || python3 -m venv $(VENV)
-	PYTHON=$(PYTHON) DETECTRON2="$(DETECTRON2)" tools/install.sh
+$(STAMP): tools/install.sh tools/requirements.txt constraints.txt setup.cfg pyproject.toml
+	test -x $(PYTHON) || { python3 -m venv $(VENV) $(if $(WHEELS),&& $(SEE_PACKAGES)); }
+	PYTHON=$(PYTHON) DETECTRON2="$(DETECTRON2)" WHEELS="$(WHEELS)" tools/install.sh
 	rm -f $(VENV)/.installed-*
 	touch $@
 

@@ -1,0 +1,13 @@
+#!/usr/bin/env python3
+"""Prints what this project and its tests need by setup.cfg, but PyTorch."""
+
+import configparser
+import re
+from pathlib import Path
+
+config = configparser.ConfigParser()
+config.read(Path(__file__).resolve().parent.parent / "setup.cfg")
+extras = config["options.extras_require"]
+for line in (config["options"]["install_requires"] + extras["test"] + extras["detr"]).split("\n"):
+    if re.match(r"(?!torch)\w", line):
+        print(line)
