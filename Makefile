@@ -16,12 +16,16 @@ STUDIES ?= $(filter-out Base%,$(notdir $(basename $(wildcard configs/studies/*.y
 DATA ?= shapes
 JOBS ?= 1
 
+# Images in a batch of `make bench-cuda`, and more arguments of both benchmarks, such as --profile.
+IMAGES ?= 2
+OPTIONS ?=
+
 # Threads that wait for each other should not keep the data loader's workers off the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help install weights test test-long golden lint format demo demo-crosskd study study-smoke bench
-.PHONY: soak
+.PHONY: bench-cuda soak
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -76,3 +80,9 @@ soak: $(STAMP)  ## kill and resume training runs at 51 random moments, and compa
 bench: $(STAMP)  ## cost of both methods as ratios to plain Detectron2
 	$(PYTHON) tools/benchmark.py
 	$(PYTHON) tools/benchmark_crosskd.py
+
+GPU := --device cuda --amp --size 800 1333 --images $(IMAGES) --rounds 20 --output docs/benchmarks
+
+bench-cuda: $(STAMP)  ## the same on a GPU, with mixed precision, into docs/benchmarks (IMAGES=2)
+	$(PYTHON) tools/benchmark.py $(GPU) $(OPTIONS)
+	$(PYTHON) tools/benchmark_crosskd.py $(GPU) --student-depth 50 --teacher-depth 101 $(OPTIONS)

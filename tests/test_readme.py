@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parent.parent
 READMES = [
     REPOSITORY / "README.md",
     *sorted((REPOSITORY / "projects").glob("*/README.md")),
-    REPOSITORY / "docs" / "studies" / "README.md",
+    *sorted((REPOSITORY / "docs").glob("*/README.md")),
 ]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SNIPPETS = [
