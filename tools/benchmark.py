@@ -12,7 +12,6 @@ import functools
 from pathlib import Path
 
 import torch
-from detectron2.modeling import build_model
 
 from labelenc import LabelEncHook, LabelEncoder, LabelMap, add_labelenc_config
 from plaindet import read_config
@@ -20,7 +19,13 @@ from plaindet import read_config
 from benchmark_measure import measure_memory, measure_seconds, release
 from benchmark_profile import profile_step
 from benchmark_report import Report, add_epochs, add_memory, make_rows
-from benchmark_steps import autocast, inference, make_batch, training_iteration
+from benchmark_steps import (
+    autocast,
+    build_random_model,
+    inference,
+    make_batch,
+    training_iteration,
+)
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DETECTORS = ["retinanet", "fcos_imprv", "gfl", "atss", "faster_rcnn", "mask_rcnn"]
@@ -86,7 +91,7 @@ def build(args, detector, step):
         cfg.MODEL.META_ARCHITECTURE = "LabelEnc" + cfg.MODEL.META_ARCHITECTURE
         cfg.MODEL.LABELENC.STEP = step
     set_classes(args, cfg)
-    return build_model(cfg), cfg
+    return build_random_model(cfg), cfg
 
 
 def set_classes(args, cfg):

@@ -13,7 +13,7 @@ import argparse
 import functools
 
 import torch
-from detectron2.modeling import GeneralizedRCNN, build_model
+from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances
 
 from crosskd import add_crosskd_config
@@ -23,7 +23,7 @@ from plaindet.modeling import DeformableDETR, Teacher
 
 from benchmark import CONFIGS, add_arguments, report_training, set_classes
 from benchmark_report import Report
-from benchmark_steps import autocast, make_batch, training_iteration
+from benchmark_steps import autocast, build_random_model, make_batch, training_iteration
 
 CONFIG_FILES = {
     "gfl": "CrossKD/gfl_R_50_FPN_from_R_101.yaml",
@@ -55,7 +55,7 @@ def build(args, detector, depth, plain=True):
     set_classes(args, cfg)
     if plain:
         cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE.removeprefix("CrossKD")
-    return build_model(cfg), cfg
+    return build_random_model(cfg), cfg
 
 
 def build_teacher(args, detector):

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, SimpleTrainer
+from detectron2.modeling import build_model
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -43,6 +45,23 @@ def make_batch(args) -> list[dict]:
             }
         )
     return batch
+
+
+@torch.no_grad()
+def build_random_model(cfg: CfgNode) -> nn.Module:
+    """A detector with random weights and features about as large as a trained one's. As Detectron2
+    draws the weights of a ResNet, its features grow from block to block, with 101 layers beyond
+    float16."""
+    model = build_model(cfg)
+    for module in model.backbone.modules():
+        if isinstance(module, BasicStem):
+            # As if the pixels were divided by their deviation where they are not.
+            module.conv1.norm.weight.mul_(cfg.MODEL.PIXEL_STD[0] / 58)
+        elif isinstance(module, BasicBlock):
+            module.conv2.norm.weight.mul_(0.2)
+        elif isinstance(module, BottleneckBlock):
+            module.conv3.norm.weight.mul_(0.2)
+    return model
 
 
 def autocast(args) -> torch.autocast:
