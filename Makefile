@@ -7,9 +7,14 @@ PYTHON := $(VENV)/bin/python
 WHEELS ?=
 # One stamp for each choice of them, so that another choice installs again.
 STAMP := $(VENV)/.installed-$(firstword $(shell echo "$(DETECTRON2) $(WHEELS)" | cksum))
-# The folder has no PyTorch. A new environment sees the packages of python3, itself one or not.
-SEE_PACKAGES := python3 -c 'import sys; print(*sys.path[1:], sep="\n")' \
+NEW_VENV := python3 -m venv $(VENV)
+ifneq ($(WHEELS),)
+# The folder has no PyTorch. The environment sees the packages of python3, itself one or not, and its
+# pip where there is none for new environments.
+NEW_VENV := ($(NEW_VENV) || python3 -m venv --without-pip $(VENV)) && \
+	python3 -c 'import sys; print(*sys.path[1:], sep="\n")' \
 	> "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/python3.pth"
+endif
 
 # The studies, their data sets, and how many of their runs are trained at the same time.
 STUDIES ?= $(filter-out Base%,$(notdir $(basename $(wildcard configs/studies/*.yaml))))
@@ -31,7 +36,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 $(STAMP): tools/install.sh tools/requirements.txt constraints.txt setup.cfg pyproject.toml
-	test -x $(PYTHON) || { python3 -m venv $(VENV) $(if $(WHEELS),&& $(SEE_PACKAGES)); }
+	test -x $(PYTHON) || { $(NEW_VENV); }
 	PYTHON=$(PYTHON) DETECTRON2="$(DETECTRON2)" WHEELS="$(WHEELS)" tools/install.sh
 	rm -f $(VENV)/.installed-*
 	touch $@

@@ -31,7 +31,10 @@ fi
 cd "$(dirname "$0")/.."
 
 options=(-c constraints.txt)
-[ -z "$WHEELS" ] || options=(--no-index --find-links "$WHEELS")
+if [ -n "$WHEELS" ]; then
+    options=(--no-index --find-links "$WHEELS")
+    export PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= # which may name other places
+fi
 pip_loudly() { "$PYTHON" -m pip install --disable-pip-version-check "${options[@]}" "$@"; }
 pip_install() { pip_loudly --quiet "$@"; }
 
