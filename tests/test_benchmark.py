@@ -315,5 +315,9 @@ def test_operators_of_a_gpu():
     averages.append(average("Optimizer.step", 9e9, annotation=True))
     rows = profiles.operators_table(averages, on_gpu=True).splitlines()[2:]
     recorded = profiles.RECORDED
+    ran = [event("kernel", 0, 1000), event("aten::1", 0, 1000, DeviceType.CPU)]
+    assert "\n".join(rows) in profiles.profile_text(averages, ran)
+    unseen = profiles.profile_text(averages, ran[1:])  # by their time on the CPU
+    assert re.findall("`(.+)`", unseen)[0] == "aten::0"
     assert rows[0] == f"| `aten::11` | {11 / recorded:.2f} | {11 / 66:.1%} | {4 / recorded:g} |"
     assert [row.split("`")[1] for row in rows] == [f"aten::{i}" for i in range(11, 1, -1)]

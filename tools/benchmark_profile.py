@@ -40,17 +40,22 @@ def profile_step(title: str, step: Step, device: str) -> str:
             if is_cuda(device):
                 torch.cuda.synchronize(device)
             profiler.step()
-    text = f"## {title}\n\n" + operators_table(profiler.key_averages(), is_cuda(device))
-    if is_cuda(device):
-        text += "\n" + gaps_text(profiler.events())
-    return text
+    return f"## {title}\n\n" + profile_text(profiler.key_averages(), profiler.events())
+
+
+def profile_text(averages: Sequence, events: Sequence) -> str:
+    """Of the GPU, if the profiler has seen one: not every machine lets it.
+
+    Args:
+        averages, events: `torch.profiler.profile.key_averages()` and `.events()`.
+    """
+    if all(event.device_type == DeviceType.CPU for event in events):
+        return operators_table(averages, on_gpu=False)
+    return operators_table(averages, on_gpu=True) + "\n" + gaps_text(events)
 
 
 def operators_table(averages: Sequence, on_gpu: bool) -> str:
-    """
-    Args:
-        averages: of `torch.profiler.profile.key_averages()`.
-    """
+    """The operators with the longest time of their own on the device, as Markdown."""
 
     def milliseconds(average):
         total = average.self_device_time_total if on_gpu else average.self_cpu_time_total
@@ -75,11 +80,8 @@ def operators_table(averages: Sequence, on_gpu: bool) -> str:
 
 
 def gaps_text(events: Sequence) -> str:
-    """How long the device waits between its first and its last work, and the longest gaps.
-
-    Args:
-        events: of `torch.profiler.profile.events()`.
-    """
+    """How long the device waits between its first and its last work, and the longest gaps, as
+    Markdown."""
     on_device, on_host = [], []
     for event in events:
         if event.device_type == DeviceType.CPU:
