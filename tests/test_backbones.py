@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 import yaml
 from detectron2.engine import default_argument_parser
 
 import train_net
 from plaindet.modeling import build_teacher
+
+timm = pytest.importorskip("timm")
 
 BACKBONES = [
     "resnet18",

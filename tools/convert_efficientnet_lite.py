@@ -17,12 +17,12 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import timm
 import torch
 
 from plaindet.files import write_atomically
 from plaindet.key_layout import rename_keys
 from plaindet.loading import load_tensors
+from plaindet.modeling.timm_weights import create_without_data
 
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 # Layers, theirs: timm's.
@@ -54,8 +54,7 @@ def to_timm(weights: dict[str, torch.Tensor], version: int) -> dict[str, torch.T
     Raises:
         ValueError: they are of another network.
     """
-    with torch.device("meta"):
-        model = timm.create_model(f"tf_efficientnet_lite{version}")
+    model = create_without_data(f"tf_efficientnet_lite{version}")
     layers = {**OUTSIDE_BLOCKS, "_fc": "classifier"}
     block = 0
     for stage, blocks in enumerate(model.blocks):

@@ -5,7 +5,6 @@ import shlex
 import sys
 
 import pytest
-import timm
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
@@ -15,6 +14,8 @@ from torchvision import models as torchvisions
 from plaindet import add_plaindet_config
 from plaindet.modeling import TimmBackbone
 from plaindet.modeling.timm_backbone import _find_levels
+
+timm = pytest.importorskip("timm")
 
 # One small network of each family, with the channels of strides 4 to 32.
 NETWORKS = {
