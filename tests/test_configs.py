@@ -153,9 +153,12 @@ def deformable_layers(model):
     return blocks, sum(name.endswith(".offset") for name, _ in head.named_modules())
 
 
-@pytest.mark.parametrize("config", COCO)
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(x, marks=pytest.mark.long if "R_101_FPN" in x else ()) for x in COCO],
+)
 def test_one_iteration_of_each_phase(make_cfg, config):
-    """At a small size and without pretrained weights."""
+    """At a small size and without pretrained weights; ResNet-101 only differs in its depth."""
     # Detectron2's Swin Transformer drops paths only where timm is installed.
     cfg, name = make_cfg(config, "MODEL.SWIN.DROP_PATH_RATE", "0.0"), Path(config).stem
     trainer_class = train_net.trainer_class(cfg)

@@ -243,6 +243,7 @@ def without_times(output):
     return results
 
 
+@pytest.mark.long
 def test_study_that_is_killed(start):
     """Killed with and without its training, it ends in the results of one that is not."""
     process, whole = start("whole", "--seeds", "1", "--jobs", "2")

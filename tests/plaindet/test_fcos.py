@@ -319,10 +319,10 @@ def test_learns_to_detect_one_box(make_fcos):
     """A few steps on one image, until its decoded box is right: units and offsets fit together."""
     for config in ("quick/fcos_R_18_baseline.yaml", "quick/fcos_imprv_R_18_baseline.yaml"):
         model = make_fcos(config=config)
-        box = torch.tensor([[37.0, 21.0, 83.0, 99.0]])
-        instances = Instances((128, 128), gt_boxes=Boxes(box), gt_classes=torch.tensor([3]))
-        image = torch.rand(3, 128, 128) * 60
-        image[:, 21:99, 37:83] += 150
+        box = torch.tensor([[18.0, 10.0, 42.0, 50.0]])
+        instances = Instances((64, 64), gt_boxes=Boxes(box), gt_classes=torch.tensor([3]))
+        image = torch.rand(3, 64, 64) * 60
+        image[:, 10:50, 18:42] += 150
         batch = [{"image": image, "instances": instances}] * 2
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
         scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=50)
