@@ -85,6 +85,7 @@ soak: $(STAMP)  ## kill and resume training runs at 51 random moments, and compa
 bench: $(STAMP)  ## cost of both methods as ratios to plain Detectron2
 	$(PYTHON) tools/benchmark.py
 	$(PYTHON) tools/benchmark_crosskd.py
+	$(PYTHON) tools/benchmark_backbone.py
 
 GPU := --device cuda --amp --size 800 1333 --images $(IMAGES) --rounds 20 --output docs/benchmarks
 

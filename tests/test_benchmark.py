@@ -321,3 +321,29 @@ def test_operators_of_a_gpu():
     assert re.findall("`(.+)`", unseen)[0] == "aten::0"
     assert rows[0] == f"| `aten::11` | {11 / recorded:.2f} | {11 / 66:.1%} | {4 / recorded:g} |"
     assert [row.split("`")[1] for row in rows] == [f"aten::{i}" for i in range(11, 1, -1)]
+
+
+def test_backbones(monkeypatch, capsys):
+    """The parts are measured, and the whole is compared to their sum."""
+    pytest.importorskip("timm")
+    tool = import_module("benchmark_backbone")
+    options = ["--networks", "resnet18", "--size", "64", "96", "--rounds", "1"]
+    monkeypatch.setattr("sys.argv", ["benchmark_backbone", *options])
+    monkeypatch.setattr(tool, "measure_seconds", times_of(measure.measure_seconds))
+    tool.main()
+    rows = re.findall(r"^\| (.*?) \| ([\d.]+) \| ([\d.]+) \|", capsys.readouterr().out, re.M)
+    assert rows == [
+        (tool.ALONE, "1.0000", "0.250"),
+        (tool.REST, "3.0000", "0.750"),
+        (tool.DETECTOR, "5.0000", "1.250"),
+    ]
+
+
+def times_of(measure_seconds):
+    """Runs the steps, and returns times that are known."""
+
+    def known(steps, rounds, device):
+        assert measure_seconds(steps, rounds, device).keys() == steps.keys()
+        return dict(zip(steps, ([1.0], [3.0], [5.0])))
+
+    return known
