@@ -10,6 +10,7 @@ network alone and an FPN and a head alone. All take turns; a ratio is the median
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import timm
 import torch
@@ -22,7 +23,7 @@ from benchmark_measure import measure_seconds
 from benchmark_report import format_table, make_rows
 from benchmark_steps import Step
 
-CONFIG = "configs/quick/retinanet_lite0_baseline.yaml"
+CONFIG = Path(__file__).parent.parent / "configs" / "quick" / "retinanet_lite0_baseline.yaml"
 NETWORKS = ["tf_efficientnet_lite0", "mobilenetv2_100", "resnet18", "regnety_004", "convnext_atto"]
 ALONE, REST, DETECTOR = "timm's network alone", "FPN and head alone", "RetinaNet"
 
