@@ -134,9 +134,8 @@ class DeformableDETR(nn.Module):
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalises the images and pads them to one size."""
-        images = [
-            (x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs
-        ]
+        images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
+        images = [(image - self.pixel_mean) / self.pixel_std for image in images]
         return ImageList.from_tensors(
             images,
             self.backbone.size_divisibility,
@@ -153,11 +152,15 @@ class DeformableDETR(nn.Module):
         size in 0..1 of the image."""
         targets = []
         for x in batched_inputs:
-            instances = x["instances"].to(self.device)
+            instances = x["instances"]
             height, width = instances.image_size
-            scale = instances.gt_boxes.tensor.new_tensor([width, height, width, height])
-            boxes = box_convert(instances.gt_boxes.tensor / scale, "xyxy", "cxcywh")
-            targets.append({"class_labels": instances.gt_classes, "boxes": boxes})
+            boxes = instances.gt_boxes.tensor
+            scale = boxes.new_tensor([width, height, width, height])
+            target = {
+                "class_labels": instances.gt_classes,
+                "boxes": box_convert(boxes / scale, "xyxy", "cxcywh"),
+            }
+            targets.append({k: v.to(self.device, non_blocking=True) for k, v in target.items()})
         return targets
 
     def losses(
@@ -191,7 +194,7 @@ class DeformableDETR(nn.Module):
     def num_boxes(self, targets: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         """The number of objects, averaged over processes, at least 1."""
         count = sum(len(target["boxes"]) for target in targets)
-        count = torch.tensor(float(count), device=self.device)
+        count = torch.full((), float(count), device=self.device)
         return mean_over_processes(count).clamp(min=1)
 
     def inference(
@@ -221,6 +224,7 @@ def pixel_mask(
     image_sizes: list[tuple[int, int]], padded_size: tuple[int, int], device: torch.device
 ) -> torch.Tensor:
     """Where a batch has images and no padding: (N, H, W) bool."""
-    heights, widths = torch.tensor(image_sizes, device=device)[..., None].unbind(dim=1)
+    sizes = torch.tensor(image_sizes).to(device, non_blocking=True)
+    heights, widths = sizes[..., None].unbind(dim=1)
     rows, columns = (torch.arange(size, device=device) for size in padded_size)
     return (rows < heights)[:, :, None] & (columns < widths)[:, None]

@@ -217,7 +217,7 @@ class DeformableTransformer(nn.Module):
             masks.append(mask)
             positions.append(position.flatten(2).transpose(1, 2) + model.level_embed[i])
         shapes_list = [tuple(level.shape[-2:]) for level in levels]
-        shapes = torch.tensor(shapes_list, device=pixel_mask.device)
+        shapes = torch.tensor(shapes_list).to(pixel_mask.device, non_blocking=True)
         mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)
         valid_ratios = torch.stack([model.get_valid_ratio(mask) for mask in masks], dim=1)
         sizes = shapes.prod(dim=1)

@@ -76,9 +76,12 @@ class Teacher:
         """
         if self.model.device != device:
             self.model.to(device)
+        # Detectron2's preprocessing would make the host wait for each copy.
+        images = [x["image"].to(device, non_blocking=True) for x in batched_inputs]
         if input_format != self.input_format:
-            batched_inputs = [{"image": x["image"].flip(0)} for x in batched_inputs]
-        return self.model.backbone(self.model.preprocess_image(batched_inputs).tensor)
+            images = [image.flip(0) for image in images]
+        images = self.model.preprocess_image([{"image": image} for image in images])
+        return self.model.backbone(images.tensor)
 
 
 def build_teacher(node: CfgNode, device: str, key: str) -> Teacher:
