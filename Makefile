@@ -30,7 +30,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help install weights test test-long golden lint format demo demo-crosskd study study-smoke bench
-.PHONY: bench-cuda soak
+.PHONY: bench-cuda soak test-cuda
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -54,6 +54,9 @@ test: $(STAMP)  ## run the tests (in less than 6 GB of memory)
 
 test-long: $(STAMP)  ## whole tables, of which `make test` runs a part: every error, every snippet
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m long
+
+test-cuda: $(STAMP)  ## what depends on the device, on a GPU: minutes, without downloads
+	$(PYTHON) -m pytest --device cuda -m cuda -rs --durations 10
 
 golden: $(STAMP)  ## whole iterations against official numbers (GOLDEN=<folder>)
 	GOLDEN="$(GOLDEN)" $(PYTHON) -m pytest -m golden

@@ -22,6 +22,37 @@ CLASSES = ["red", "green", "blue"]
 malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="of the checks in tests/cuda; the other tests are on the CPU",
+    )
+
+
+def _lacks_gpu(config):
+    return config.getoption("--device") == "cuda" and not torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(config, items):
+    if _lacks_gpu(config):
+        skip = pytest.mark.skip(reason="no GPU: torch.cuda.is_available() is False")
+        for item in items:
+            item.add_marker(skip)
+
+
+def pytest_sessionfinish(session):
+    if _lacks_gpu(session.config):
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if _lacks_gpu(config):
+        message = "NOTHING WAS CHECKED: PyTorch finds no GPU (torch.cuda.is_available() is False)"
+        terminalreporter.write_sep("=", message, red=True, bold=True)
+
+
 def pytest_collection_finish():
     """All that is imported stays. What looks for garbage after every test need not pass through it,
     which takes longer than most tests."""
@@ -73,9 +104,10 @@ def read_cfg():
     return read
 
 
-@pytest.fixture
-def make_cfg(tmp_path, read_cfg, tiny_data):
-    """Returns a function that reads a config for a tiny run on the CPU, on `tiny_data`."""
+@pytest.fixture(scope="session")
+def make_tiny_cfg(read_cfg, tiny_data):
+    """Returns a function that reads a config for a tiny run on the CPU, on `tiny_data`, without a
+    folder for its output."""
 
     def make(config_file, *overrides):
         cfg = read_cfg(config_file)
@@ -91,8 +123,19 @@ def make_cfg(tmp_path, read_cfg, tiny_data):
         cfg.INPUT.MIN_SIZE_TEST = 64
         cfg.SOLVER.IMS_PER_BATCH = 2
         cfg.VIS_PERIOD = 0
-        cfg.OUTPUT_DIR = str(tmp_path / "output")
         cfg.merge_from_list(list(overrides))
+        return cfg
+
+    return make
+
+
+@pytest.fixture
+def make_cfg(tmp_path, make_tiny_cfg):
+    """As `make_tiny_cfg`, with a folder of the test for its output."""
+
+    def make(config_file, *overrides):
+        output = ("OUTPUT_DIR", str(tmp_path / "output"))
+        cfg = make_tiny_cfg(config_file, *output, *overrides)
         Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True)
         return cfg
 

@@ -1,0 +1,144 @@
+"""The table of what is checked on a device: every detector with every method that it has."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from labelenc import LabelMap
+from plaindet.modeling import Teacher
+from plaindet.seeding import seed_everything
+
+DENSE = ("retinanet", "fcos", "gfl", "atss")
+TWO_STAGE = ("faster_rcnn", "mask_rcnn")
+PLAIN = "plain"
+# Each phase of LabelEnc has iterations of its own.
+LABELENC = (
+    "step 1 before the warm-up's end",
+    "step 1",
+    "step 2",
+    "step 2 after the cut-off",
+    "vanilla KD",
+)
+CROSSKD = ("CrossKD", "CrossKD bridged")
+PKD = "CrossKD with PKD"
+BOTH = "both"
+METHODS = {
+    **dict.fromkeys(DENSE, (PLAIN, *LABELENC, *CROSSKD, PKD, BOTH)),
+    **dict.fromkeys(TWO_STAGE, (PLAIN, *LABELENC, *CROSSKD, BOTH)),
+    "deformable_detr": (PLAIN, *CROSSKD),
+}
+# Batch statistics of few pixels turn the last digits into large differences.
+NORMS = ("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "GN")
+# All anchors and proposals, since generators of other devices draw other random samples.
+NO_SAMPLING = (
+    *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000"),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "100000"),
+)
+# A teacher whose features are wider than the student's.
+WIDER = {
+    **dict.fromkeys(DENSE + TWO_STAGE, ("MODEL.FPN.OUT_CHANNELS", "96")),
+    "deformable_detr": ("MODEL.DEFORMABLE_DETR.HIDDEN_DIM", "192"),
+}
+
+
+class Variant(NamedTuple):
+    """A detector that trains with a method, or a phase of it."""
+
+    detector: str  # as in configs/quick
+    method: str
+
+    def __str__(self):
+        return f"{self.detector}, {self.method}"
+
+
+VARIANTS = [
+    Variant(detector, method) for detector, methods in METHODS.items() for method in methods
+]
+# The detectors are made of the same parts: a dense one, a two-stage one, and what each method adds.
+REPRESENTATIVE = [
+    *(Variant("retinanet", method) for method in METHODS["retinanet"]),
+    *(Variant("gfl", method) for method in (PLAIN, "step 1", BOTH)),
+    *(Variant("mask_rcnn", method) for method in (PLAIN, "step 1", "CrossKD")),
+    Variant("atss", "CrossKD"),
+    Variant("fcos", "step 2"),
+    Variant("deformable_detr", "CrossKD bridged"),
+]
+
+
+def build_variant(variant: Variant, make_cfg, *overrides: str) -> torch.nn.Module:
+    """The model on the CPU, for training, with random weights and a random teacher.
+
+    Args:
+        make_cfg: of tests/conftest.py.
+        overrides: of the config of the model and of the teacher.
+    """
+    detector, method = variant
+    names = {method.startswith("step 1"): "labelenc_step1", method == PLAIN: "baseline"}
+    names = {**names, method.startswith("CrossKD"): "crosskd"}
+    name = names.get(True, "labelenc_step2")
+    overrides = (*NORMS, *NO_SAMPLING, *overrides)
+    cfg = make_cfg(f"quick/{detector}_R_18_{name}.yaml", *overrides)
+    if method == "vanilla KD":
+        cfg.MODEL.LABELENC.TEACHER.CONFIG_FILE = "a teacher"
+    if method == PKD:
+        cfg.MODEL.CROSSKD.FEATURE_WEIGHT = 1.0
+    if method == BOTH:
+        crosskd = make_cfg(f"quick/{detector}_R_18_crosskd.yaml").MODEL
+        cfg.MODEL.CROSSKD = crosskd.CROSSKD
+        cfg.MODEL.META_ARCHITECTURE = f"LabelEnc{crosskd.META_ARCHITECTURE}"
+    seed_everything(0)
+    model = build_model(cfg).train()
+    if method in LABELENC:
+        model.distance_enabled = method not in (LABELENC[0], LABELENC[3])
+    if method == "vanilla KD" or method in (*CROSSKD, PKD, BOTH):
+        wider = WIDER[detector] if method == "CrossKD bridged" else ()
+        cfg = make_cfg(f"quick/{detector}_R_34_teacher.yaml", *overrides, *wider)
+        teacher = Teacher(build_model(cfg))
+        if method == "vanilla KD":
+            model.set_feature_teacher(teacher)
+        else:
+            model.set_teacher(teacher)
+    return model
+
+
+def plain_class(model: torch.nn.Module) -> type:
+    """The meta-architecture that a variant's model is trained to be."""
+    return type(model).plain_class() if hasattr(model, "plain_class") else type(model)
+
+
+def make_batch() -> list[dict]:
+    """Two images of different sizes with objects, masks and label maps, on the CPU. Their corners
+    are no round numbers, so that no two anchors match an object equally well but for rounding,
+    which another device does in another way."""
+    generator = torch.Generator().manual_seed(0)
+    batch = []
+    for height, width, classes in ((120, 160, [0, 2, 1]), (128, 144, [1])):
+        size = torch.tensor([width, height])
+        sides = size * (0.2 + 0.4 * torch.rand(len(classes), 2, generator=generator))
+        corners = (size - sides) * torch.rand(len(classes), 2, generator=generator)
+        boxes = torch.cat([corners, corners + sides], dim=1)
+        masks = torch.zeros(len(classes), height, width, dtype=torch.bool)
+        for mask, (x0, y0, x1, y1) in zip(masks, boxes.tolist()):
+            mask[int(y0) : int(y1), int(x0) : int(x1)] = True
+        labels = torch.tensor(classes)
+        instances = Instances((height, width), gt_boxes=Boxes(boxes), gt_classes=labels)
+        instances.gt_masks = BitMasks(masks)
+        image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+        label_map = LabelMap.from_boxes(boxes, labels, (height, width))
+        batch.append({"image": image, "instances": instances, "label_map": label_map})
+    return batch
+
+
+def losses_of(model: torch.nn.Module, batch: list[dict]) -> dict[str, torch.Tensor]:
+    """Of one iteration, with the same random numbers and the same normaliser whenever it is
+    called."""
+    seed_everything(0)
+    if hasattr(model, "loss_normalizer"):
+        model.loss_normalizer = 100.0  # RetinaNet's moving average
+    with EventStorage():
+        return model(batch)
