@@ -18,6 +18,7 @@ from variants import (
     build_variant,
     losses_of,
     make_batch,
+    share_proposals,
 )
 
 pytestmark = pytest.mark.cuda
@@ -88,27 +89,6 @@ def run_on_both(variant, device, make_cfg):
     losses, found = ({k: to_cpu(v) for k, v in x.items()} for x in (losses, found))
     found_gradients = {name: to_cpu(x) for name, x in found_gradients.items()}
     return Iteration(variant, (losses, found), (gradients, found_gradients), waits)
-
-
-def share_proposals(model) -> tuple[list, list]:
-    """Which proposals of an RPN survive the suppression of overlaps depends on the last digits.
-
-    Returns:
-        the proposals of the calls so far; and those that the next calls are to return
-    """
-    recorded, replayed = [], []
-    if hasattr(model, "proposal_generator"):
-        original = model.proposal_generator.forward
-
-        def forward(*args):
-            found, losses = original(*args)
-            if replayed:
-                return replayed.pop(0), losses
-            recorded.append(found)
-            return found, losses
-
-        model.proposal_generator.forward = forward
-    return recorded, replayed
 
 
 def gradients_of(model, losses):

@@ -135,6 +135,8 @@ def add_plaindet_config(cfg: CfgNode) -> None:
     # that fits counts.
     cfg.SOLVER.LR_FACTORS = []
     # SOLVER.CLIP_GRADIENTS.CLIP_TYPE may also be "full_model": the norm of all gradients together.
+    # With SOLVER.AMP.ENABLED: "float16" (Detectron2's), with scaled gradients, or "bfloat16".
+    cfg.SOLVER.AMP.PRECISION = "float16"
 
     # For build_fpn_backbone: the registered builder of the network below the FPN.
     cfg.MODEL.FPN.BOTTOM_UP = "build_resnet_backbone"

@@ -124,7 +124,7 @@ def check_device(cfg: CfgNode) -> None:
     """
     Raises:
         ValueError: there is no such device, or mixed precision is asked for on the CPU, where
-            Detectron2's AMPTrainer cannot.
+            Detectron2's AMPTrainer cannot, or of an unknown type.
     """
     if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
@@ -134,6 +134,11 @@ def check_device(cfg: CfgNode) -> None:
         raise ValueError(
             f"SOLVER.AMP.ENABLED needs a GPU, but MODEL.DEVICE is {cfg.MODEL.DEVICE}: set "
             "SOLVER.AMP.ENABLED False"
+        )
+    if cfg.SOLVER.AMP.PRECISION not in ("float16", "bfloat16"):
+        raise ValueError(
+            f"SOLVER.AMP.PRECISION is {cfg.SOLVER.AMP.PRECISION!r}, expected 'float16' or "
+            "'bfloat16'"
         )
 
 

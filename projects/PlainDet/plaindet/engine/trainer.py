@@ -21,6 +21,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
+from torch.cuda.amp import GradScaler
 from torch.utils.data import DataLoader
 
 from plaindet.data import (
@@ -82,11 +83,8 @@ class PlainTrainer(DefaultTrainer):
 
         on_cpu = next(model.parameters()).device.type == "cpu"
         ddp_arguments = {"device_ids": None} if on_cpu else {}
-        self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(
-            create_ddp_model(model, broadcast_buffers=False, **ddp_arguments),
-            data_loader,
-            optimizer,
-        )
+        ddp_model = create_ddp_model(model, broadcast_buffers=False, **ddp_arguments)
+        self._trainer = _inner_trainer(cfg, ddp_model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = self.build_checkpointer(cfg, model)
         self.checkpointer.add_checkpointable("trainer", weakref.proxy(self))
@@ -130,7 +128,7 @@ class PlainTrainer(DefaultTrainer):
             )
 
     def run_step(self):
-        with self._finite_losses.reporting_divergence():
+        with self._finite_losses.guarding_iteration():
             super().run_step()
 
     def after_train(self):
@@ -207,6 +205,16 @@ class PlainTrainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         return build_evaluator(cfg, dataset_name)
+
+
+def _inner_trainer(cfg: CfgNode, *arguments) -> SimpleTrainer:
+    """Detectron2's trainer of single iterations, by SOLVER.AMP."""
+    if not cfg.SOLVER.AMP.ENABLED:
+        return SimpleTrainer(*arguments)
+    precision = getattr(torch, cfg.SOLVER.AMP.PRECISION)
+    # bfloat16 has the range of float32, so its gradients need no scale.
+    scaler = GradScaler(enabled=precision is torch.float16)
+    return AMPTrainer(*arguments, grad_scaler=scaler, precision=precision)
 
 
 def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
