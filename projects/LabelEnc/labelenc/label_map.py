@@ -118,8 +118,12 @@ class LabelMap:
         padding = (0, size[1] - width, 0, size[0] - height)
         return LabelMap(self.classes, F.pad(self.values, padding))
 
+    def pin_memory(self) -> LabelMap:
+        """Returns the map in pinned memory; data loaders for a GPU call it."""
+        return LabelMap(self.classes.pin_memory(), self.values.pin_memory())
+
     def to(self, device: torch.device | str) -> LabelMap:
-        """Returns the map on `device`."""
+        """Returns the map on `device`. The host does not wait for the copy of pinned memory."""
         return LabelMap(
             self.classes.to(device, non_blocking=True), self.values.to(device, non_blocking=True)
         )

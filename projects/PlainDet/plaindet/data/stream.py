@@ -41,6 +41,7 @@ class TrainStream:
         seed: int,
         num_workers: int = 0,
         wide: list[bool] | None = None,
+        pin_memory: bool = False,
     ):
         """
         Args:
@@ -51,12 +52,15 @@ class TrainStream:
             num_workers: processes that load images; 0: this one.
             wide: groups images by this property of each index, so that a batch has images of one
                 group (aspect ratio grouping); None: no groups.
+            pin_memory: puts tensors, and what has a `pin_memory` of its own, into pinned memory,
+                from which copies to a GPU are fast.
         """
         self.dataset = _SeededDataset(dataset, seed)
         self.sampler = sampler
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.wide = wide
+        self.pin_memory = pin_memory
         # The number of the batch with which an iteration over the stream starts.
         self.start = 0
 
@@ -67,6 +71,7 @@ class TrainStream:
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
             worker_init_fn=ignore_preemption,
+            pin_memory=self.pin_memory,
             # Of its own: the loader draws from it, and must not from the training's.
             generator=torch.Generator(),
         )
@@ -148,4 +153,5 @@ def build_train_stream(cfg: CfgNode, mapper: DatasetMapper) -> TrainStream:
         seed,
         arguments["num_workers"],
         wide,
+        pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda",
     )
