@@ -1,72 +1,17 @@
 """An interrupted and resumed run ends as the uninterrupted one, bit for bit."""
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from detectron2.engine import HookBase, launch
+from detectron2.engine import launch
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
+from resumed_runs import assert_equal, final_checkpoint, in_folder, start
 
-import train_net
 from plaindet.data import register_coco_format
 from plaindet.engine import BestCheckpointer, PlainTrainer, ending_process_group
 
 CONFIG = "quick/retinanet_R_18_baseline.yaml"
-
-
-class Interruption(HookBase):
-    """Interrupts the run at the end of an iteration."""
-
-    def __init__(self, iteration):
-        self.iteration = iteration
-
-    def after_step(self):
-        if self.trainer.iter == self.iteration:
-            raise KeyboardInterrupt
-
-
-def start(cfg, interrupt_at=None, resume=False):
-    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
-    trainer = train_net.trainer_class(cfg)(cfg)
-    trainer.test = lambda *_: {}
-    trainer.resume_or_load(resume)
-    if interrupt_at is not None:
-        trainer.register_hooks([Interruption(interrupt_at)])
-        with pytest.raises(KeyboardInterrupt):
-            trainer.train()
-    else:
-        trainer.train()
-    return trainer
-
-
-def in_folder(cfg, name):
-    cfg = cfg.clone()
-    cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, name)
-    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    return cfg
-
-
-def final_checkpoint(cfg):
-    return torch.load(Path(cfg.OUTPUT_DIR) / "model_final.pth", weights_only=True)
-
-
-def assert_equal(first, second, path="checkpoint"):
-    """Two checkpoints have the same content, bit for bit."""
-    assert type(first) is type(second), path
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), path
-    elif isinstance(first, dict):
-        assert list(first) == list(second), path
-        for key in first:
-            assert_equal(first[key], second[key], f"{path}[{key!r}]")
-    elif isinstance(first, list):
-        assert len(first) == len(second), path
-        for i, items in enumerate(zip(first, second)):
-            assert_equal(*items, f"{path}[{i}]")
-    else:
-        assert first == second, path
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,10 @@ class ExactResume(HookBase):
     * Random numbers: in every iteration they follow from the run's seed, the iteration and the
       process, so that no generator's state has to be kept.
     * The data stream starts at the batch of the first iteration.
-    * TorchScript does not optimise its functions (fvcore's losses) on the CPU, where runs are
-      repeatable bit for bit: it profiles them in their first calls, and the optimised form gives
-      other last bits, so that a fresh process would not compute what one in the middle does.
+    * TorchScript does not optimise its functions (fvcore's losses) where runs are repeatable bit
+      for bit, on the CPU and with `torch.use_deterministic_algorithms`: it profiles them in their
+      first calls, and the optimised form gives other last bits, so that a fresh process would not
+      compute what one in the middle does.
     * `loss_normalizer`, the moving average of Detectron2's dense detectors, which is a plain
       attribute of each process: kept for every process.
     """
@@ -42,7 +43,8 @@ class ExactResume(HookBase):
 
     def before_train(self):
         on_cpu = next(self.model.parameters()).device.type == "cpu"
-        self._torchscript.enter_context(torch.jit.optimized_execution(not on_cpu))
+        repeatable = on_cpu or torch.are_deterministic_algorithms_enabled()
+        self._torchscript.enter_context(torch.jit.optimized_execution(not repeatable))
         stream = self.trainer.data_loader
         if isinstance(stream, TrainStream):
             stream.start = self.trainer.start_iter
