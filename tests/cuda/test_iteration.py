@@ -5,17 +5,21 @@ from collections import Counter
 from typing import NamedTuple
 
 import pytest
-import torch
 from devices import GPU, to_cpu
 from variants import (
     BOTH,
     CROSSKD,
+    GRADIENT_TOLERANCE,
+    LOSS_TOLERANCE,
     PLAIN,
     REPRESENTATIVE,
     TWO_STAGE,
     VARIANTS,
     Variant,
+    assert_gradients_close,
+    assert_losses_close,
     build_variant,
+    gradients_of,
     losses_of,
     make_batch,
     share_proposals,
@@ -91,27 +95,13 @@ def run_on_both(variant, device, make_cfg):
     return Iteration(variant, (losses, found), (gradients, found_gradients), waits)
 
 
-def gradients_of(model, losses):
-    sum(losses.values()).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
 def test_losses_and_gradients_are_those_of_the_cpu(iteration, device):
-    """A GPU adds up in another order, in float32: a loss is a sum of up to 1e5 terms, each with an
-    error of 1e-7, and a gradient has gone through 50 layers. The double computes on the CPU, with
-    another memory layout here and there. Some gradients are 0 but for rounding, such as that of the
-    bias of an attention's keys."""
-    digits, noise = (1e-4, 1e-3) if isinstance(device, GPU) else (1e-6, 1e-4)
+    """In float32. The double computes on the CPU, with other strides here and there."""
+    tolerances = (LOSS_TOLERANCE, GRADIENT_TOLERANCE) if isinstance(device, GPU) else (1e-6, 1e-4)
     expected, found = iteration.losses
-    assert found.keys() == expected.keys()
-    for name, loss in expected.items():
-        torch.testing.assert_close(found[name], loss, rtol=digits, atol=digits, msg=name)
+    assert_losses_close(found, expected, tolerances[0])
     expected, found = iteration.gradients
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        scale = gradient.abs().max().item()
-        difference = (found[name] - gradient).abs().max().item()
-        assert difference <= noise * scale + 1e-6, name
+    assert_gradients_close(found, expected, tolerances[1])
 
 
 def test_the_host_waits_no_more_than_for_the_plain_detector(
