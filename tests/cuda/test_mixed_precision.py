@@ -14,6 +14,7 @@ from variants import (
     REPRESENTATIVE,
     VARIANTS,
     build_variant,
+    gradients_of,
     losses_of,
     make_batch,
     share_proposals,
@@ -32,38 +33,49 @@ FLOAT16, BFLOAT16 = torch.float16, torch.bfloat16
 TOLERANCE = {FLOAT16: 0.01, BFLOAT16: 0.02}
 
 
-def precisions():
-    for variant in VARIANTS:
-        for precision in (BFLOAT16, FLOAT16):
-            # The phases of LabelEnc differ in what they leave out.
-            is_part = variant.method in (PLAIN, LABELENC[0], LABELENC[3])
-            long = variant not in REPRESENTATIVE or is_part or precision is FLOAT16
-            name = str(precision).removeprefix("torch.")
-            marks = [pytest.mark.long] if long else []
-            yield pytest.param(variant, precision, id=f"{variant}, {name}", marks=marks)
-
-
-@pytest.mark.parametrize(("variant", "precision"), precisions())
-def test_losses_are_float32s(variant, precision, device, make_tiny_cfg):
-    """Every loss, and no gradient overflows: the losses' own arithmetic is in float32."""
-    on_gpu = isinstance(device, GPU)
-    if precision is FLOAT16 and not on_gpu and variant not in REPRESENTATIVE:
-        pytest.skip("the CPU takes seconds for an iteration in float16")
-    model, batch = build_variant(variant, make_tiny_cfg), make_batch()
-    if on_gpu:
+def check_losses(variant, precisions, device, make_cfg):
+    """Every loss is float32's, and no gradient overflows: the losses' arithmetic is in float32."""
+    model, batch = build_variant(variant, make_cfg), make_batch()
+    if isinstance(device, GPU):
         device.move(model)
     recorded, replayed = share_proposals(model)
     expected = losses_of(model, batch)
-    replayed += recorded
-    with torch.autocast("cuda" if on_gpu else "cpu", precision):
-        found = losses_of(model, batch)
-    assert found.keys() == expected.keys()
-    for name, loss in found.items():
-        assert loss.dtype == torch.float32, name
-        digits = TOLERANCE[precision]
-        assert loss.item() == pytest.approx(expected[name].item(), rel=digits, abs=0.1 * digits)
-    sum(found.values()).backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    proposals = list(recorded)
+    for precision, digits in precisions.items():
+        replayed[:] = proposals
+        with torch.autocast(model.device.type, precision):
+            found = losses_of(model, batch)
+        assert found.keys() == expected.keys()
+        for name, loss in found.items():
+            value = expected[name].item()
+            assert loss.dtype == torch.float32, name
+            assert loss.item() == pytest.approx(value, rel=digits, abs=0.1 * digits), name
+        for name, gradient in gradients_of(model, found).items():
+            assert torch.isfinite(gradient).all(), name
+
+
+def is_long(variant):
+    # The phases of LabelEnc differ in what they leave out.
+    return variant not in REPRESENTATIVE or variant.method in (PLAIN, LABELENC[0], LABELENC[3])
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(x, id=str(x), marks=[pytest.mark.long] if is_long(x) else []) for x in VARIANTS],
+)
+def test_losses_are_float32s(variant, device, make_tiny_cfg):
+    on_gpu = isinstance(device, GPU)
+    precisions = TOLERANCE if on_gpu else {BFLOAT16: TOLERANCE[BFLOAT16]}
+    check_losses(variant, precisions, device, make_tiny_cfg)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("variant", [pytest.param(x, id=str(x)) for x in REPRESENTATIVE])
+def test_float16_on_the_cpu(variant, device, make_tiny_cfg):
+    """Which takes seconds for an iteration."""
+    if isinstance(device, GPU):
+        pytest.skip("test_losses_are_float32s has it")
+    check_losses(variant, {FLOAT16: TOLERANCE[FLOAT16]}, device, make_tiny_cfg)
 
 
 @pytest.mark.parametrize(

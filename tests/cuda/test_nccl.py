@@ -24,7 +24,6 @@ RUNS = [
     ("labelenc_step1", "retinanet"),
     ("labelenc_step2", "mask_rcnn"),
     ("labelenc_crosskd", "gfl"),
-    ("crosskd", "deformable_detr"),
 ]
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from resumed_runs import assert_equal, final_checkpoint, in_folder, start
+from variants import skip_without_libraries
 
 from plaindet.engine import ExactResume
 
@@ -37,6 +38,7 @@ def _deterministic():
 def test_resumed_equals_uninterrupted(method, detector, gpu, make_method_cfg):
     """Bit for bit, with deterministic algorithms. Where there are none, PyTorch names the operator,
     and the weights differ by rounding."""
+    skip_without_libraries(detector)
     options = ("SOLVER.CHECKPOINT_PERIOD", "2", "SEED", "5", "MODEL.DEVICE", str(gpu.device))
     cfg = make_method_cfg(method, detector, *options)
     whole, resumed = in_folder(cfg, "whole"), in_folder(cfg, "resumed")

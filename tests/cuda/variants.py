@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
@@ -70,6 +71,13 @@ REPRESENTATIVE = [
 ]
 
 
+def skip_without_libraries(detector: str) -> None:
+    """Skips the test where the optional libraries of a detector are not installed."""
+    if detector == "deformable_detr":
+        for library in ("transformers", "scipy"):
+            pytest.importorskip(library, reason=f"Deformable DETR needs {library}")
+
+
 def build_variant(variant: Variant, make_cfg, *overrides: str) -> torch.nn.Module:
     """The model on the CPU, for training, with random weights and a random teacher.
 
@@ -78,6 +86,7 @@ def build_variant(variant: Variant, make_cfg, *overrides: str) -> torch.nn.Modul
         overrides: of the config of the model and of the teacher.
     """
     detector, method = variant
+    skip_without_libraries(detector)
     names = {method.startswith("step 1"): "labelenc_step1", method == PLAIN: "baseline"}
     names = {**names, method.startswith("CrossKD"): "crosskd"}
     name = names.get(True, "labelenc_step2")
