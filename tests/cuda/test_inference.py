@@ -9,7 +9,9 @@ from variants import BOTH, METHODS, NORMS, Variant, build_variant, make_batch
 pytestmark = pytest.mark.cuda
 
 DETECTORS = [
-    pytest.param(x, marks=[pytest.mark.long] if x in ("fcos", "atss", "faster_rcnn") else [])
+    pytest.param(
+        x, marks=[] if x in ("gfl", "mask_rcnn", "deformable_detr") else [pytest.mark.long]
+    )
     for x in METHODS
 ]
 

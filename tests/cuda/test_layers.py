@@ -59,10 +59,7 @@ def test_deformable_convolutions(make_layer, device):
 
 @pytest.mark.parametrize(
     "detector",
-    [
-        pytest.param(x, marks=[] if x in ("gfl", "mask_rcnn") else [pytest.mark.long])
-        for x in METHODS
-    ],
+    [pytest.param(x, marks=[] if x == "gfl" else [pytest.mark.long]) for x in METHODS],
 )
 def test_channels_last(detector, device, make_tiny_cfg):
     """A model in this format has the same losses and gradients, with both methods."""
@@ -81,6 +78,7 @@ def test_channels_last(detector, device, make_tiny_cfg):
     assert_gradients_close(gradients_of(model, found), expected_gradients)
 
 
+@pytest.mark.long
 def test_compiled_backbone(device, make_tiny_cfg):
     """`model.backbone.compile()` keeps the names of the weights, and changes no loss. On the CPU
     only its tracing is checked, since the compiler takes long."""
