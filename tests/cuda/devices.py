@@ -18,7 +18,9 @@ class GPU:
     device = torch.device("cuda:0")
 
     def move(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Moves a model; its teacher follows by itself."""
+        """Moves a model with its teacher."""
+        for teacher in _teachers(model):
+            teacher.to(self.device)
         return model.to(self.device)
 
     @contextmanager
@@ -51,9 +53,8 @@ class PretendedGPU:
 
     def move(self, model: torch.nn.Module) -> torch.nn.Module:
         """Moves a model with its teacher."""
-        for name in ("_teacher", "_feature_teacher"):
-            if getattr(model, name, None) is not None:
-                pretended_device.move_to_pretended(getattr(model, name).model)
+        for teacher in _teachers(model):
+            pretended_device.move_to_pretended(teacher)
         return pretended_device.move_to_pretended(model)
 
     @contextmanager
@@ -68,6 +69,11 @@ class PretendedGPU:
             yield waits
 
 
+def _teachers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    teachers = (getattr(model, name, None) for name in ("_teacher", "_feature_teacher"))
+    return [teacher.model for teacher in teachers if teacher is not None]
+
+
 def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of either device, outside of `in_use` too, without its gradient."""
     return getattr(tensor, "on_cpu", tensor).detach().cpu()
@@ -75,10 +81,11 @@ def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 def place() -> str:
     """The innermost function of the call that is neither PyTorch's nor the device's."""
+    others = ("torch", "warnings", __name__, pretended_device.__name__)
     frame = sys._getframe()
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module.split(".")[0] not in ("torch", __name__, pretended_device.__name__):
+        if module.split(".")[0] not in others:
             return f"{module}: {frame.f_code.co_name}"
         frame = frame.f_back
     return "unknown"

@@ -21,16 +21,16 @@ def test_peak_memory(gpu, make_tiny_cfg, capsys):
         return build_model(make_tiny_cfg(config_file, "MODEL.RETINANET.NUM_CLASSES", "80"))
 
     def peak(model):
-        model.train().to(gpu.device)
+        before = torch.cuda.memory_allocated()
+        gpu.move(model.train())
         batch = make_batch(((640, 832), (608, 800)))
         for _ in range(2):  # the first one chooses algorithms
             model.zero_grad()
             torch.cuda.reset_peak_memory_stats()
             sum(losses_of(model, batch).values()).backward()
-        memory = torch.cuda.max_memory_allocated()
-        model.to("cpu")
         model.zero_grad()
-        return memory
+        model.to("cpu")
+        return torch.cuda.max_memory_allocated() - before
 
     step2 = build(STEP.format(2))
     peaks = {

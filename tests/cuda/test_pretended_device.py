@@ -1,15 +1,17 @@
 """The double finds what would go wrong on a GPU, or make its host wait."""
 
+import warnings
+
 import pytest
 import torch
-from devices import PretendedGPU, to_cpu
+from devices import GPU, PretendedGPU, to_cpu
 
-GPU = PretendedGPU()
+PRETENDED = PretendedGPU()
 
 
 def test_a_tensor_left_on_the_cpu():
-    with GPU.in_use():
-        a, b = torch.ones(3, device=GPU.device), torch.ones(3)
+    with PRETENDED.in_use():
+        a, b = torch.ones(3, device=PRETENDED.device), torch.ones(3)
         with pytest.raises(RuntimeError, match="Expected all tensors on one device"):
             a + b
         with pytest.raises(RuntimeError, match="Expected all tensors on one device"):
@@ -41,8 +43,8 @@ def test_a_tensor_left_on_the_cpu():
     ],
 )
 def test_waits(operation, waits):
-    with GPU.in_use() as found:
-        x = torch.arange(3.0).to(GPU.device)
+    with PRETENDED.in_use() as found:
+        x = torch.arange(3.0).to(PRETENDED.device)
         found.clear()
         operation(x)
     assert sum(found.values()) == waits
@@ -54,9 +56,23 @@ def test_numbers_and_gradients_are_those_of_the_cpu():
     expected = linear(x).square().sum()
     expected.backward()
     expected_gradient, linear.weight.grad = linear.weight.grad, None
-    GPU.move(linear)
-    with GPU.in_use():
-        found = linear(x.to(GPU.device)).square().sum()
+    PRETENDED.move(linear)
+    with PRETENDED.in_use():
+        found = linear(x.to(PRETENDED.device)).square().sum()
         found.backward()
     torch.testing.assert_close(to_cpu(found), expected.detach())
     torch.testing.assert_close(to_cpu(linear.weight.grad), expected_gradient)
+
+
+def test_waits_of_a_real_gpu(monkeypatch):
+    """PyTorch warns of each; other warnings do not count, and later ones are as before."""
+    modes = []
+    monkeypatch.setattr("torch.cuda.set_sync_debug_mode", modes.append)
+    with GPU().in_use() as waits:
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert waits == {f"{__name__}: test_waits_of_a_real_gpu": 2}
+    assert modes == ["warn", "default"]
+    with pytest.warns(UserWarning, match="a later one"):
+        warnings.warn("a later one", stacklevel=1)
