@@ -13,9 +13,12 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, Bottlenec
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import nn
+from torch.utils.data import DataLoader
 
 from labelenc import LabelMap
 from plaindet.engine import build_optimizer
+
+from benchmark_measure import is_cuda
 
 Step = Callable[[], None]
 
@@ -44,6 +47,8 @@ def make_batch(args) -> list[dict]:
                 "label_map": LabelMap.from_boxes(boxes, classes, (height, width)),
             }
         )
+    if is_cuda(args.device):  # pinned, as by the data loader of this project's trainers
+        (batch,) = DataLoader([batch], batch_size=None, collate_fn=lambda x: x, pin_memory=True)
     return batch
 
 
