@@ -8,6 +8,7 @@ from pathlib import Path
 config = configparser.ConfigParser()
 config.read(Path(__file__).resolve().parent.parent / "setup.cfg")
 extras = config["options.extras_require"]
-for line in (config["options"]["install_requires"] + extras["test"] + extras["detr"]).split("\n"):
+needed = [config["options"]["install_requires"], extras["test"], extras["detr"], extras["timm"]]
+for line in "\n".join(needed).split("\n"):
     if re.match(r"(?!torch)\w", line):
         print(line)

@@ -25,7 +25,10 @@ pip() { "$PYTHON" -m pip "$@" --quiet --disable-pip-version-check; }
 pip wheel --no-deps -c constraints.txt -w "$folder" fvcore iopath antlr4-python3-runtime==4.9.3
 # shellcheck disable=SC2046
 pip download --only-binary=:all: --python-version "$version" -c constraints.txt \
-    --find-links "$folder" -d "$folder" -r tools/requirements.txt $("$PYTHON" tools/requirements.py)
+    --find-links "$folder" -d "$folder" -r tools/requirements.txt \
+    $("$PYTHON" tools/requirements.py | grep -v timm)
+# Without PyTorch, which it asks for; transformers has asked for the rest.
+pip download --no-deps -c constraints.txt -d "$folder" timm
 # Tagged for CPython 3.10, see tools/install.sh.
 pip download --no-deps --only-binary=:all: --python-version 3.10 -d "$folder" sal-detectron2==0.7.2
 
