@@ -312,3 +312,22 @@ def test_built_without_gradients():
     with torch.no_grad():
         features = TimmBackbone("tf_efficientnet_lite0")(torch.rand(1, 3, 64, 64))
     assert list(features) == NAMES
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "convnext_atto"])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_images(cfg, tmp_path, caplog, name, channels):
+    """Grey ones, and those with a fourth channel; with the weights of RGB, as timm adapts them."""
+    torch.save(trained(timm.create_model(name)).state_dict(), tmp_path / "weights.pth")
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [127.5] * channels, [127.5] * channels
+    cfg.MODEL.TIMM.NAME, cfg.MODEL.TIMM.CHECKPOINT_PATH = name, str(tmp_path / "weights.pth")
+    backbone = build_backbone(cfg).eval()
+    assert not caplog.records
+    overlay = {"file": str(tmp_path / "weights.pth")}
+    expected = timm.create_model(
+        name, features_only=True, in_chans=channels, pretrained=True, pretrained_cfg_overlay=overlay
+    ).eval()
+    x = torch.randn(1, channels, *SIZE)
+    with torch.no_grad():
+        for feature, theirs in zip(backbone(x).values(), expected(x)[-4:]):
+            torch.testing.assert_close(feature, theirs, rtol=1e-4, atol=1e-4 * theirs.std().item())

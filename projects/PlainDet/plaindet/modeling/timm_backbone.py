@@ -42,6 +42,7 @@ class TimmBackbone(Backbone):
         norm: str = "FrozenBN",
         freeze_at: int = 0,
         drop_path_rate: float = 0.0,
+        in_channels: int = 3,
     ):
         """
         Args:
@@ -55,6 +56,7 @@ class TimmBackbone(Backbone):
             freeze_at: k > 0 freezes all that the features of stride 2^k come from; 2 is the stem
                 and the first stage of a ResNet.
             drop_path_rate: stochastic depth, of networks that have it.
+            in_channels: of the images; timm adapts weights for others than the 3 of RGB.
 
         Raises:
             ModuleNotFoundError: timm is not installed.
@@ -67,7 +69,7 @@ class TimmBackbone(Backbone):
         _check_name(name)
         if norm not in NORMS:
             raise ValueError(f"MODEL.TIMM.NORM is {norm!r}, expected one of {list(NORMS)}")
-        levels, options = _find_levels(name, drop_path_rate)
+        levels, options = _find_levels(name, drop_path_rate, in_channels)
         known = [f"res{k}" for k in levels]
         if not out_features or not set(out_features) <= set(known):
             raise ValueError(
@@ -109,7 +111,7 @@ class TimmBackbone(Backbone):
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """
         Args:
-            x: (N, 3, H, W), H and W divisible by :attr:`size_divisibility`.
+            x: (N, in_channels, H, W), H and W divisible by :attr:`size_divisibility`.
 
         Returns:
             of `out_features`: (N, channels, H / stride, W / stride)
@@ -131,7 +133,7 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
 
     Args:
         cfg: a config with the keys of plaindet.
-        input_shape: of the images; they have 3 channels.
+        input_shape: of the images.
     """
     node = cfg.MODEL.TIMM
     backbone = TimmBackbone(
@@ -142,6 +144,7 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
         norm=node.NORM,
         freeze_at=node.FREEZE_AT,
         drop_path_rate=node.DROP_PATH_RATE,
+        in_channels=input_shape.channels,
     )
     if node.PRETRAINED or node.CHECKPOINT_PATH:
         check_images(cfg, backbone.model.pretrained_cfg)
@@ -206,7 +209,9 @@ def _download(name: str, options: dict) -> nn.Module:
 @lru_cache
 @torch.inference_mode(False)
 @torch.enable_grad()  # the graph of the computation tells what a feature comes from
-def _find_levels(name: str, drop_path_rate: float) -> tuple[dict[int, Level], dict]:
+def _find_levels(
+    name: str, drop_path_rate: float, in_channels: int
+) -> tuple[dict[int, Level], dict]:
     """Tries a network on images without data.
 
     Returns:
@@ -215,14 +220,15 @@ def _find_levels(name: str, drop_path_rate: float) -> tuple[dict[int, Level], di
     """
     # Some networks drop paths by default, and some know no such option. Transformers want to be
     # told that images have several sizes; the second way is Swin's before timm 1.0.31.
-    drop_path = {"drop_path_rate": drop_path_rate}
+    images = {"in_chans": in_channels}
+    drop_path = {**images, "drop_path_rate": drop_path_rate}
     any_size = ({}, {"dynamic_img_size": True}, {"strict_img_size": False})
     reason = None
-    for options in (drop_path, {}) if drop_path_rate == 0 else (drop_path,):
+    for options in (drop_path, images) if drop_path_rate == 0 else (drop_path,):
         for more in any_size:
             try:
                 model = create_without_data(name, features_only=True, **options, **more)
-                return _levels_of(model.eval()), {**options, **more}
+                return _levels_of(model.eval(), in_channels), {**options, **more}
             except (AssertionError, RuntimeError, TypeError, ValueError) as error:
                 if reason is None or not isinstance(error, TypeError):  # not of a wrong option
                     reason = error
@@ -231,7 +237,7 @@ def _find_levels(name: str, drop_path_rate: float) -> tuple[dict[int, Level], di
     ) from reason
 
 
-def _levels_of(model: nn.Module) -> dict[int, Level]:
+def _levels_of(model: nn.Module, in_channels: int) -> dict[int, Level]:
     info = model.feature_info
     strides, channels = info.reduction(), info.channels()
     if any(stride & (stride - 1) for stride in strides):
@@ -239,7 +245,7 @@ def _levels_of(model: nn.Module) -> dict[int, Level]:
     levels = {}
     for sides in ((3, 4), (2, 5)):
         height, width = (max(strides) * side for side in sides)
-        features = model(torch.zeros(1, 3, height, width, device="meta"))
+        features = model(torch.zeros(1, in_channels, height, width, device="meta"))
         for index, (feature, stride, num_channels) in enumerate(zip(features, strides, channels)):
             expected = (height // stride, width // stride)
             channels_last = tuple(feature.shape) == (1, *expected, num_channels)

@@ -133,7 +133,8 @@ def _rename_mobilenet_v2(weights: dict[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 def check_images(cfg: CfgNode, pretrained_cfg: dict) -> None:
-    """Warns where the images of a config are not those that the weights were trained with.
+    """Warns where the images of a config are not those that the weights were trained with, if they
+    have as many channels.
 
     Args:
         pretrained_cfg: timm's description of the weights; its mean and deviation are of RGB in
@@ -141,6 +142,8 @@ def check_images(cfg: CfgNode, pretrained_cfg: dict) -> None:
     """
     mean, std = ([255 * x for x in pretrained_cfg[key]] for key in ("mean", "std"))
     found = (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+    if len(cfg.MODEL.PIXEL_MEAN) != len(mean):
+        return
     close = all(
         abs(a - b) <= 1  # the original EfficientNet-Lite has 127 and 128, and timm 127.5
         for a, b in zip((*mean, *std), (*cfg.MODEL.PIXEL_MEAN, *cfg.MODEL.PIXEL_STD))
