@@ -96,7 +96,8 @@ def _propagate():
 
 @pytest.fixture
 def alone(tmp_path_factory):
-    """For tests that start several processes, of 0.5 GB each: one at a time among all workers."""
+    """For tests that need gigabytes, with several processes (of 0.5 GB each) or large networks: one
+    at a time among all workers."""
     with open(tmp_path_factory.getbasetemp().parent / "several_processes.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

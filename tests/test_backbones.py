@@ -1,5 +1,6 @@
 """Detectors with backbones of timm: training with each method, and what is left of it."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -80,6 +81,11 @@ def teacher_options(cfg, name):
 
 
 def train(cfg):
+    _train(cfg)
+    gc.collect()  # the trainer, see tests/conftest.py
+
+
+def _train(cfg):
     trainer = train_net.trainer_class(cfg)(cfg)
     trainer.resume_or_load(resume=False)
     before = {key: value.clone() for key, value in trainer.plain_model.state_dict().items()}
@@ -114,6 +120,7 @@ assert not {"labelenc", "crosskd", "train_net"} & sys.modules.keys()
 """
 
 
+@pytest.mark.usefixtures("alone")
 def test_every_backbone_with_every_method(run_cfg, tmp_path):
     """One iteration each, whose checkpoint is that of the plain detector."""
     folders = []
@@ -128,6 +135,7 @@ def test_every_backbone_with_every_method(run_cfg, tmp_path):
     subprocess.run([sys.executable, "-c", LOAD, *folders], check=True, cwd=tmp_path)
 
 
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convnext_atto"])
 def test_teacher_of_another_family(run_cfg, name):
     train(run_cfg("plain", name))

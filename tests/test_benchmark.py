@@ -45,6 +45,7 @@ def read_report(folder, name):
     return file, json.loads(file.read_text())
 
 
+@pytest.mark.usefixtures("alone")
 def test_labelenc(run, monkeypatch):
     models, real = [], benchmark.build_random_model
 
@@ -97,6 +98,7 @@ def test_labelenc(run, monkeypatch):
     assert [all(x) for x in moved] == [any(x) for x in moved] == [False, True, False]
 
 
+@pytest.mark.usefixtures("alone")
 def test_crosskd(run):
     options = "--detectors gfl faster_rcnn deformable_detr --no-memory --amp bfloat16"
     printed, folder = run(benchmark_crosskd, f"{options} --teacher-depth 18")
