@@ -49,7 +49,7 @@ weights: $(STAMP)  ## ImageNet weights of EfficientNet-Lite0 and Lite2, from the
 	for version in 0 2; do $(PYTHON) -W ignore tools/convert_efficientnet_lite.py $$version \
 		output/weights/tf_efficientnet_lite$$version.pth || exit; done
 
-test: $(STAMP)  ## run the tests (in less than 6 GB of memory)
+test: $(STAMP)  ## run the tests (in about 6 GB of memory)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 
 test-long: $(STAMP)  ## whole tables, of which `make test` runs a part: every error, every snippet
