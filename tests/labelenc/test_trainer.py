@@ -47,7 +47,8 @@ class Recorder(HookBase):
 
     def after_step(self):
         self.adapters.append(clone(self.adapter()))
-        self.losses.append({k: v[0] for k, v in self.trainer.storage.latest().items()})
+        latest = self.trainer.storage.latest()
+        self.losses.append({k: x for k, (x, i) in latest.items() if i == self.trainer.iter})
         self.encoder_calls.append(self.calls)
         self.calls = 0
 
@@ -304,6 +305,90 @@ def test_resume_needs_no_step1_file(step2_cfg, step1, tmp_path):
     assert resumed.iter == 6
 
 
+SINGLE_RUN = (
+    *("SOLVER.MAX_ITER", "6", "SOLVER.CHECKPOINT_PERIOD", "2", "MODEL.LABELENC.STEP1_ITERS", "3"),
+    *("MODEL.LABELENC.WARMUP_ITERS", "1", "MODEL.LABELENC.CUTOFF_ITERS", "1"),
+    *("MODEL.LABELENC.LAMBDA2", "0.5", "MODEL.LABELENC.LAMBDA", "2.0"),
+)
+
+
+class EncoderRecorder(Recorder):
+    """Keeps the weights of the encoder and of the backbone, too."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.encoders, self.backbones = [clone(model.label_encoder.state_dict())], []
+
+    def after_step(self):
+        super().after_step()
+        self.encoders.append(clone(self.model.label_encoder.state_dict()))
+        self.backbones.append(clone(self.model.backbone.state_dict()))
+
+
+def test_single_run(make_cfg):
+    trainer = LabelEncTrainer(make_cfg(STEP1, *SINGLE_RUN))
+    trainer.resume_or_load(resume=False)
+    recorder = EncoderRecorder(trainer.plain_model)
+    trainer.register_hooks([recorder])
+    trainer.train()
+    # Step 1, and then step 2 with the constant label encoder of step 1, with its norms.
+    reconstructs = ["loss_reconstruction_cls" in losses for losses in recorder.losses]
+    assert reconstructs == [True, True, True, False, False, False]
+    learns = [not equal(*pair) for pair in zip(recorder.encoders, recorder.encoders[1:])]
+    assert learns == reconstructs
+    # L3 after the warm-up, the auxiliary loss until the cut-off, for which nothing is encoded.
+    distances = [losses["loss_distance"] for losses in recorder.losses]
+    assert [distance > 0 for distance in distances] == [False, True, True, True, True, False]
+    assert recorder.encoder_calls == [1, 1, 1, 1, 1, 0]
+    assert equal(recorder.adapters[5], recorder.adapters[6])
+    # The backbone goes on from its own weights.
+    steps = [
+        max((second[k] - first[k]).abs().max() for k in first if k.endswith("weight"))
+        for first, second in zip(recorder.backbones, recorder.backbones[1:])
+    ]
+    assert all(0 < step < 0.1 for step in steps)
+
+
+def test_single_run_has_the_losses_of_step2(make_cfg):
+    trainer = LabelEncTrainer(make_cfg(STEP1, *SINGLE_RUN))
+    model = trainer.plain_model
+    model.begin_step2()
+    own = LabelEncTrainer(make_cfg(STEP2, "MODEL.LABELENC.LAMBDA", "2.0")).plain_model
+    own.load_state_dict(model.state_dict())
+    own.training_only.load_state_dict(model.training_only.state_dict())
+    batch = next(iter(trainer.data_loader))
+    with EventStorage():
+        losses, expected = model(batch), own(batch)
+    assert losses.keys() == expected.keys()
+    assert all(torch.equal(losses[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("done", [2, 4])
+def test_single_run_resumes_exactly(make_cfg, done, tmp_path):
+    whole, _ = train(make_cfg(STEP1, *SINGLE_RUN, "OUTPUT_DIR", str(tmp_path / "whole")))
+    cfg = make_cfg(STEP1, *SINGLE_RUN, "OUTPUT_DIR", str(tmp_path / "resumed"))
+    shutil.copytree(tmp_path / "whole", cfg.OUTPUT_DIR, dirs_exist_ok=True)
+    (tmp_path / "resumed/last_checkpoint").write_text(f"model_{done - 1:07d}.pth")
+    resumed, recorder = train(cfg, resume=True)
+    assert len(recorder.losses) == 6 - done
+    assert equal(resumed.plain_model.state_dict(), whole.plain_model.state_dict())
+    training_only = resumed.plain_model.training_only.state_dict()
+    assert equal(training_only, whole.plain_model.training_only.state_dict())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("SOLVER.MAX_ITER", "3"),
+        ("MODEL.LABELENC.STEP", "2"),
+        ("MODEL.LABELENC.LAMBDA1", "0.0", "MODEL.LABELENC.LAMBDA2", "0.0"),
+    ],
+)
+def test_single_run_that_cannot_be(make_cfg, overrides):
+    with pytest.raises(ValueError, match="MODEL.LABELENC.STEP1_ITERS is 3"):
+        LabelEncTrainer(make_cfg(STEP1, *SINGLE_RUN, *overrides))
+
+
 @pytest.mark.parametrize(("step", "key"), [(1, "WARMUP_ITERS"), (2, "CUTOFF_ITERS")])
 @pytest.mark.parametrize(("iterations", "is_warned"), [(2, True), (1, False)])
 def test_phase_as_long_as_the_run_is_warned_of(make_cfg, caplog, step, key, iterations, is_warned):
@@ -343,13 +428,18 @@ def train_distributed(cfg):
         torch.save(distances, os.path.join(cfg.OUTPUT_DIR, "distances.pth"))
 
 
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(1, "-+"), (2, "+-"), ("both", "-++++-")],
+)
 @pytest.mark.usefixtures("alone")
-def test_two_processes(step, make_cfg, step2_cfg):
+def test_two_processes(step, expected, make_cfg, step2_cfg):
     """DistributedDataParallel with Detectron2's settings, through every phase."""
-    warmup = ("SOLVER.MAX_ITER", "4", "MODEL.LABELENC.WARMUP_ITERS", "2")
-    cfg = make_cfg(STEP1, *warmup) if step == 1 else step2_cfg
+    warmup = ("SOLVER.MAX_ITER", "2", "MODEL.LABELENC.WARMUP_ITERS", "1")
+    cfg = make_cfg(STEP1, *(SINGLE_RUN if step == "both" else warmup))
+    if step == 2:
+        cfg = step2_cfg
+        cfg.SOLVER.MAX_ITER, cfg.MODEL.LABELENC.CUTOFF_ITERS = 2, 1
     launch(train_distributed, num_gpus_per_machine=2, dist_url="auto", args=(cfg,))
     distances = torch.load(os.path.join(cfg.OUTPUT_DIR, "distances.pth"))
-    on = [distance > 0 for distance in distances]
-    assert on == ([False, False, True, True] if step == 1 else [True, True, False, False])
+    assert "".join("+" if distance > 0 else "-" for distance in distances) == expected

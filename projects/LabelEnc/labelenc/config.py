@@ -23,6 +23,9 @@ def add_labelenc_config(cfg: CfgNode) -> None:
     cfg.MODEL.LABELENC.LAMBDA = 1.0
     # Step 1: the first iterations, which train without L3. They count towards SOLVER.MAX_ITER.
     cfg.MODEL.LABELENC.WARMUP_ITERS = 30000
+    # Step 1, both steps in a single run: the iterations of step 1, after which the run goes on as
+    # step 2 with the backbone, the head and the optimizer that it has. 0: step 1 to the end.
+    cfg.MODEL.LABELENC.STEP1_ITERS = 0
     # Step 2: the last iterations, which train without the auxiliary loss.
     cfg.MODEL.LABELENC.CUTOFF_ITERS = 10000
 

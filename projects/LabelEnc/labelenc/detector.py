@@ -75,6 +75,7 @@ class LabelEncDetector(TrainingOnlyModules):
         self.step = step
         self.label_map = label_map
         self.lambda1 = lambda1
+        self.lambda_ = lambda_
         self.distance_weight = lambda2 if step == 1 else lambda_
         # Whether L3 counts in this iteration: set by the trainer's hook.
         self.distance_enabled = True
@@ -166,6 +167,13 @@ class LabelEncDetector(TrainingOnlyModules):
             self.label_encoder.eval()
         return self
 
+    def begin_step2(self) -> None:
+        """Goes on as step 2 in a run that began as step 1. The parameters of the label encoder get
+        gradients of 0, which the trainer's hook removes."""
+        self.step = 2
+        self.distance_weight = self.lambda_
+        self.train(self.training)
+
     def losses_from_features(
         self, images: ImageList, features: dict[str, torch.Tensor], gt_instances: list[Instances]
     ) -> dict[str, torch.Tensor]:
@@ -234,12 +242,17 @@ class LabelEncDetector(TrainingOnlyModules):
         self, batched_inputs: list[dict], images: ImageList, features: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """lambda L_aux of Eq. 7: the distance of image features to h(y), a constant."""
-        if not self.distance_enabled:
-            return self.distance_loss(features, None)
-        with torch.no_grad():
-            encodings = self.encode(batched_inputs, images)
-        self._visualize(batched_inputs, features, encodings)
-        return self.distance_loss(features, encodings)
+        encodings = None
+        if self.distance_enabled:
+            with torch.no_grad():
+                encodings = self.encode(batched_inputs, images)
+            self._visualize(batched_inputs, features, encodings)
+        loss = self.distance_loss(features, encodings)
+        if self.label_encoder is not None:
+            # Only after begin_step2: DistributedDataParallel knows them as trained.
+            trained = [x for x in self.label_encoder.parameters() if x.requires_grad]
+            loss = loss + 0.0 * sum(x.sum() for x in trained)
+        return loss
 
     def gt_instances(self, batched_inputs: list[dict]) -> list[Instances]:
         """The ground truth of the batch on the model's device."""

@@ -19,7 +19,8 @@ class LabelEncTrainer(PlainTrainer):
     """Trains step 1 or step 2 of LabelEnc, by `MODEL.LABELENC.STEP`.
 
     * Step 1 leaves L3 out for the first WARMUP_ITERS iterations, and writes the step-1 file,
-      `OUTPUT_DIR/label_encoder.pth`, with every checkpoint.
+      `OUTPUT_DIR/label_encoder.pth`, with every checkpoint. After STEP1_ITERS, if they are set, the
+      run goes on as step 2.
     * Step 2 starts from that file, or from a teacher, and leaves the auxiliary loss out for the
       last CUTOFF_ITERS.
     """
@@ -32,7 +33,7 @@ class LabelEncTrainer(PlainTrainer):
             factor = num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE
             frozen = scaled.is_frozen()
             scaled.defrost()
-            for key in ("WARMUP_ITERS", "CUTOFF_ITERS"):
+            for key in ("WARMUP_ITERS", "STEP1_ITERS", "CUTOFF_ITERS"):
                 scaled.MODEL.LABELENC[key] = int(round(cfg.MODEL.LABELENC[key] / factor))
             if frozen:
                 scaled.freeze()
