@@ -22,6 +22,7 @@ from plaindet import read_config
 from plaindet.config import merge_config
 
 import study
+import study_cost
 import study_plan
 import study_report
 
@@ -66,7 +67,9 @@ def test_configs_of_studies(name, tmp_path, tiny_data):
     for detector in content["detectors"]:
         runs = study_plan.plan_runs(content, detector, str(folder), 1, tmp_path)
         names = [run.name for run in runs.values()]
-        assert len(set(names)) == len(names)
+        # Rows that are one run differ in what they count of its cost.
+        rows = {(runs[row].name, *x.get("shared", ())) for row, x in content["rows"].items()}
+        assert len(rows) == len(runs)
         for run in runs.values():
             assert all(names.index(p.name) < names.index(run.name) for p in run.parents.values())
             folders = {row: tmp_path / row for row in run.parents}
@@ -192,6 +195,15 @@ def test_part_of_the_images(tmp_path, tiny_data):
     whole = study_plan.plan_runs(yaml.safe_load(TINY), "gfl", str(folder), 1, tmp_path)
     assert whole["student"].name != runs["student"].name
     assert whole["crosskd"].name == runs["crosskd"].name
+
+    # A study's own part and schedule hold for all rows; the built-in set has no parts.
+    (tmp_path / "study.yaml").write_text("fraction: 0.25\nschedule: 2\n" + TINY)
+    content = study_plan.read_study(str(tmp_path / "study.yaml"))
+    for dataset in (str(folder), "shapes"):
+        for run in study_plan.plan_runs(content, "gfl", dataset, 1, tmp_path).values():
+            assert ("tiny_train_2" in " ".join(run.data)) == (dataset != "shapes")
+            pairs = dict(zip(run.overrides[::2], run.overrides[1::2]))
+            assert (pairs["SOLVER.MAX_ITER"], pairs["SOLVER.STEPS"]) == ("20", "(16,)")
 
 
 @pytest.mark.parametrize(
@@ -324,7 +336,7 @@ def test_seed_of_a_run(tmp_path, tiny_data, monkeypatch, seed):
     )
     run = study_plan.plan_runs(yaml.safe_load(TINY), "gfl", data, seed, tmp_path)["student"]
     with pytest.raises(RuntimeError, match="exit code 1"):
-        study.train(run, tmp_path, jobs=1)
+        study.train(run, tmp_path, jobs=1, device="cuda")
     (command,) = commands
     cfg = merge_config(
         command[command.index("--config-file") + 1],
@@ -332,6 +344,7 @@ def test_seed_of_a_run(tmp_path, tiny_data, monkeypatch, seed):
         [add_labelenc_config, add_crosskd_config],
     )
     assert (cfg.SEED, cfg.OUTPUT_DIR) == (seed, str(tmp_path / run.name))
+    assert cfg.MODEL.DEVICE == "cuda"
     assert run.name.endswith(f"/seed{seed}")
 
 
@@ -395,11 +408,11 @@ def make_results(aps, starts_from=()):
             "seed": seed,
             "iterations": 100,
             "AP": ap,
-            "AP50": ap + 20,
-            "AP75": ap - 10,
+            "AP50": ap and ap + 20,
+            "AP75": ap and ap - 10,
             "minutes": 2.0,
             "seconds per iteration": 1.2,
-            "learning curve": [[50, ap / 2], [100, ap]],
+            "learning curve": [[50, ap / 2], [100, ap]] if ap else [],
         }
         for seed, ap in enumerate(aps, 1)
     ]
@@ -473,8 +486,56 @@ def test_totals_count_each_run_once():
     student = make_results([2.0], [teacher])
     both = make_results([3.0], [teacher, student])
     results = {run["name"]: run for run in (*teacher, *student, *both)}
-    assert study_report.total(both[0], results, "iterations") == 300
-    assert study_report.total(both[0], results, "minutes") == pytest.approx(6)
+    assert study_cost.total(both[0], results, "iterations") == 300
+    assert study_cost.total(both[0], results, "minutes") == pytest.approx(6)
+
+
+def make_costs(aps, minutes):
+    """A study with plain rows and another one, which starts from a run of 3 minutes."""
+    content = make_study((None, None))
+    rows = {"start": {"title": "start", "config": "start.yaml"}, **content["rows"]}
+    rows["longer"] = {"title": "longer", "config": "a_baseline.yaml"}
+    rows["shared"] = {**rows["ours"], "title": "ours, start shared", "shared": ["start"]}
+    content.update(rows=rows, plain=["plain", "longer"])
+    start = make_results([None, None])
+    table = {"start": start, "plain": make_results(aps["plain"])}
+    table["longer"] = make_results(aps["longer"])
+    table["ours"] = table["shared"] = make_results(aps["ours"], [start])
+    for row, runs in table.items():
+        for run in runs:
+            run["minutes"] = {"start": 3.0, **minutes}.get(row, run["minutes"])
+    return content, table, {run["name"]: run for runs in table.values() for run in runs}
+
+
+def test_equal_cost():
+    """Against the straight line between the plain rows, seed by seed."""
+    aps = {"plain": [20.0, 22.0], "longer": [40.0, 44.0], "ours": [36.0, 39.0]}
+    costs = study_cost.equal_cost(*make_costs(aps, {"plain": 2.0, "longer": 10.0, "shared": 4.0}))
+    by_row = {cost.row: cost for cost in costs}
+    assert {row: cost.minutes for row, cost in by_row.items()} == {
+        **{"plain": 2.0, "shared": 4.0, "ours": 7.0, "longer": 10.0}
+    }
+    # After 4 minutes a quarter of the way from 2 to 10: 25 and 27.5. After 7: 32.5 and 35.75.
+    assert by_row["shared"].gains == pytest.approx([11.0, 11.5])
+    assert by_row["ours"].gains == pytest.approx([3.5, 3.25])
+    assert not by_row["plain"].gains
+    assert [cost.row for cost in costs if cost.is_on_frontier] == ["plain", "shared", "longer"]
+    assert by_row["ours"].pays
+    assert not by_row["ours"].is_longer
+
+
+def test_equal_cost_of_a_row_that_is_longer_than_all_plain_ones():
+    aps = {"plain": [20.0, 22.0], "longer": [40.0, 44.0], "ours": [41.0, 44.5]}
+    content, table, results = make_costs(aps, {"plain": 2.0, "longer": 6.0, "shared": 4.0})
+    (ours,) = (c for c in study_cost.equal_cost(content, table, results) if c.row == "ours")
+    assert ours.is_longer
+    assert ours.gains == pytest.approx([1.0, 0.5])
+    # 0.75 +- 12.7 * 0.354 / sqrt(2) = 0.75 +- 3.2
+    assert not ours.pays
+    text = study_cost.cost_section(content, table, results)
+    assert "| ours | 7.0 | 3.5 | 42.8 ± 22.2 | +0.8 ± 3.2 (>) |  |" in text
+    assert "Above plain training of the same cost, by the interval: ours, start shared;" in text
+    assert text.endswith("from 2.0 times the cost of plain on.")
 
 
 def test_where_a_baseline_stops():

@@ -2,19 +2,22 @@
 """Trains the rows of studies with several seeds, and reports what they show.
 
     python tools/study.py STUDY [STUDY ...] [--data shapes <COCO-format folder> ...] [--seeds 3]
-        [--detectors NAME ...] [--schedule 1] [--jobs 1] [--output output/studies]
-        [--report-only]
+        [--detectors NAME ...] [--schedule 1] [--jobs 1] [--device cpu]
+        [--output output/studies] [--report-only]
 
 A study is the name of a file in configs/studies, or a yaml file like those. It has detectors,
-overrides, and rows, each of which has
+overrides, what its schedules are multiplied with (schedule), the part of the training images
+(fraction), and rows, each of which has
 
 * config: a file of configs/quick, in whose name {detector} is the detector,
 * overrides: of its config; {ROW} is the output folder of an earlier row, which it starts from,
 * against: the earlier rows that it is compared with,
 * paper: the AP in the paper,
-* fraction: of the training images, of data sets in COCO format; all of them without it.
+* fraction: of the training images, of data sets in COCO format; the study's without it,
+* shared: the earlier rows that it starts from whose cost is not counted, since many runs share it.
 
-A mapping, as a value of overrides or as the paper's AP, has a value for each detector.
+A study with plain, a list of rows, also compares all others with plain training of the same cost. A
+mapping, as a value of overrides or as the paper's AP, has a value for each detector.
 
 Every row is a run of train_net.py. Its result is a line of <output>/results.jsonl; rows that train
 the same, of one study or of several, are one run. Finished runs are skipped, interrupted ones are
@@ -60,6 +63,7 @@ def parse_args():
         "--schedule", type=int, default=1, help="how many times as long all schedules are (1)"
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (1)")
+    parser.add_argument("--device", default="cpu", help="of all runs: cpu or cuda (cpu)")
     parser.add_argument("--output", type=Path, default=Path("output/studies"))
     parser.add_argument("--report-only", action="store_true", help="train nothing")
     return parser.parse_args()
@@ -98,7 +102,9 @@ def stale_runs(runs: list[Run], results: dict[str, dict]) -> set[str]:
     return stale
 
 
-def train_all(runs: list[Run], results: dict[str, dict], output: Path, jobs: int) -> list[str]:
+def train_all(
+    runs: list[Run], results: dict[str, dict], output: Path, jobs: int, device: str
+) -> list[str]:
     """Trains runs, each after its parents, and adds their results to <output>/results.jsonl.
 
     Returns:
@@ -117,7 +123,8 @@ def train_all(runs: list[Run], results: dict[str, dict], output: Path, jobs: int
                 elif len(running) < jobs and not parents.intersection(
                     [*waiting, *(other.name for other in running.values())]
                 ):
-                    running[executor.submit(train, run, folder, jobs)] = waiting.pop(run.name)
+                    future = executor.submit(train, run, folder, jobs, device)
+                    running[future] = waiting.pop(run.name)
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 run = running.pop(future)
                 error = future.exception()
@@ -135,19 +142,20 @@ def train_all(runs: list[Run], results: dict[str, dict], output: Path, jobs: int
     return failed
 
 
-def train(run: Run, folder: Path, jobs: int) -> dict:
+def train(run: Run, folder: Path, jobs: int, device: str) -> dict:
     """Trains a run with train_net.py, from where it was interrupted, and returns its result.
 
     Raises:
         RuntimeError: train_net.py failed.
     """
+    folder = folder.resolve()
     own = folder / run.name
     own.mkdir(parents=True, exist_ok=True)
     starts = {row: folder / parent.name for row, parent in run.parents.items()}
     command = [sys.executable, "-W", "ignore", str(REPOSITORY / "train_net.py"), "--resume"]
     command += ["--config-file", str(CONFIGS / run.config), *run.data]
     command += [item.format_map(starts) for item in run.overrides]
-    command += ["SEED", str(run.seed), "OUTPUT_DIR", str(own)]
+    command += ["MODEL.DEVICE", device, "SEED", str(run.seed), "OUTPUT_DIR", str(own)]
     threads = max(os.cpu_count() // jobs, 1)
     # Threads that wait for each other should not keep other runs off the cores.
     environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
@@ -160,6 +168,7 @@ def train(run: Run, folder: Path, jobs: int) -> dict:
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
+            cwd=REPOSITORY,  # for the weights in output/weights, which configs name
             pass_fds=[lock.fileno()],
         ).returncode
     if code:
@@ -175,11 +184,12 @@ def read_result(run: Run, folder: Path) -> dict:
             metrics.append(json.loads(line))
         except json.JSONDecodeError:
             continue  # the run was killed while it wrote this line
-    iterations = yaml.safe_load((folder / "config.yaml").read_text())["SOLVER"]["MAX_ITER"]
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    iterations = config["SOLVER"]["MAX_ITER"]
     last = {key: value for line in metrics for key, value in line.items()}
     # None at all in runs of a few iterations that were interrupted.
     seconds = [line["time"] for line in metrics if "time" in line] or [math.nan]
-    cost = statistics.fmean(seconds)
+    cost = statistics.median(seconds)  # which other work on the machine moves least
     curve = {
         min(line["iteration"] + 1, iterations): _ap(line, "AP")
         for line in metrics
@@ -191,6 +201,7 @@ def read_result(run: Run, folder: Path) -> dict:
         "overrides": run.overrides,
         "starts from": {row: parent.name for row, parent in run.parents.items()},
         "seed": run.seed,
+        "device": config["MODEL"]["DEVICE"],
         "iterations": iterations,
         **{key: _ap(last, key) for key in ("AP", "AP50", "AP75")},
         "minutes": cost * iterations / 60,  # of training alone
@@ -271,7 +282,7 @@ def main():
             if not args.report_only:
                 shutil.rmtree(args.output / "runs" / name, ignore_errors=True)
         if not args.report_only:
-            failed = train_all(runs, results, args.output, args.jobs)
+            failed = train_all(runs, results, args.output, args.jobs, args.device)
     for (name, dataset), plan in plans.items():
         planned = (run for rows in plan.values() for row in rows.values() for run in row)
         if not any(run.name in results for run in planned):

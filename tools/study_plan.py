@@ -68,7 +68,7 @@ def read_study(name: str) -> dict:
     study = CfgNode.load_yaml_with_base(str(path))
     earlier = set()
     for row_name, row in study["rows"].items():
-        unknown = {*row.get("against", ()), *parent_rows(row)} - earlier
+        unknown = {*row.get("against", ()), *row.get("shared", ()), *parent_rows(row)} - earlier
         if unknown:
             raise ValueError(
                 f"{path}: row {row_name} names {sorted(unknown)}, expected rows before it"
@@ -90,21 +90,25 @@ def plan_runs(
     study: dict, detector: str, dataset: str, seed: int, output: Path, schedule: int = 1
 ) -> dict[str, Run]:
     """The runs of all rows of a study, by row. Those that train the same have the same name, also
-    in another study. Rows with a part of the training images are left out of the built-in data set.
+    in another study. The built-in data set has no parts: rows that have a part of their own of the
+    training images are left out of it.
 
     Args:
         dataset: shapes, or a folder in COCO format.
         output: for the json files of parts of the data set.
-        schedule: how many times as long all schedules are.
+        schedule: how many times as long all schedules are, times the study's own `schedule`.
     """
+    schedule *= study.get("schedule", 1)
     is_built_in = dataset == BUILT_IN
+    if not is_built_in:
+        dataset = str(Path(dataset).resolve())  # the runs are trained from another folder
     data = dataset_overrides(None if is_built_in else dataset)
     annotations = None if is_built_in else annotations_digest(dataset)
     runs = {}
     for row_name, row in study["rows"].items():
-        fraction = row.get("fraction")
-        if fraction and is_built_in:
+        if "fraction" in row and is_built_in:
             continue
+        fraction = None if is_built_in else row.get("fraction", study.get("fraction"))
         config = row["config"].format(detector=detector)
         overrides = {**study.get("overrides", {}), **row.get("overrides", {})}
         overrides = {

@@ -11,9 +11,17 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from scipy import stats
+from study_cost import (
+    CONFIDENCE,
+    EQUAL_COST,
+    cost_section,
+    mean_and_interval,
+    shared_names,
+    total,
+    with_ap,
+    with_interval,
+)
 
-CONFIDENCE = 0.95
 CLAIM = 1.0  # AP; a smaller difference in the paper is no claim
 STEEP = 0.5  # of the steepest slope; a baseline that stops below it is past its steepest part
 PANEL_INCHES, DPI = (4.0, 3.2), 80
@@ -45,6 +53,10 @@ def write_report(
     comparisons = compare(study, tables, results)
     tables = {detector: rows for detector, rows in tables.items() if any(rows.values())}
     draw(study, tables, results, folder / "report.png")
+    cost_sections = [
+        f"### {study['detectors'][detector]}\n\n{cost_section(study, rows, results)}\n"
+        for detector, rows in (tables.items() if "plain" in study else ())
+    ]
     parts = [
         f"# {study['title']}\n",
         study["question"].strip() + "\n",
@@ -54,6 +66,7 @@ def write_report(
         comparison_table(comparisons),
         "Iterations and time: of the row with the runs that it starts from, relative to those of "
         "the other row. Times are those of the machine under whatever load it had.\n",
+        *(["## At equal cost\n", EQUAL_COST, *cost_sections] if cost_sections else ()),
         "## All rows\n",
         *(
             f"### {study['detectors'][detector]}\n\n{row_table(study, detector, rows, results)}\n"
@@ -70,15 +83,6 @@ def write_report(
     report = folder / "report.md"
     report.write_text("\n".join(parts))
     return report
-
-
-def mean_and_interval(values: list[float]) -> tuple[float, float]:
-    """The mean, and half the width of its interval; infinite for one value."""
-    mean, number = statistics.fmean(values), len(values)
-    if number == 1:
-        return mean, math.inf
-    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, number - 1)
-    return mean, quantile * statistics.stdev(values) / math.sqrt(number)
 
 
 @dataclass
@@ -129,22 +133,6 @@ class Comparison:
         return f"{what}, interval {low:+.1f} to {high:+.1f}{decided}."
 
 
-def ancestry(result: dict, results: dict[str, dict]) -> dict[str, dict]:
-    """A run and those that it starts from, and so on, by name."""
-    runs = {result["name"]: result}
-    for name in result["starts from"].values():
-        runs.update(ancestry(results[name], results))
-    return runs
-
-
-def total(result: dict, results: dict[str, dict], key: str) -> float:
-    return sum(run[key] for run in ancestry(result, results).values())
-
-
-def with_ap(runs: list[dict]) -> list[dict]:
-    return [run for run in runs if run["AP"] is not None]
-
-
 def has_paper(study: dict) -> bool:
     return any(row.get("paper") for row in study["rows"].values())
 
@@ -169,9 +157,10 @@ def compare(study: dict, tables: dict, results: dict[str, dict]) -> list[Compari
                     mean, half_width = mean_and_interval(
                         [runs[seed]["AP"] - others[seed]["AP"] for seed in seeds]
                     )
+                    shared = [shared_names(study, rows, name) for name in (row, other)]
                     ratios = [
-                        sum(total(runs[seed], results, key) for seed in seeds)
-                        / sum(total(others[seed], results, key) for seed in seeds)
+                        sum(total(runs[seed], results, key, shared[0]) for seed in seeds)
+                        / sum(total(others[seed], results, key, shared[1]) for seed in seeds)
                         for key in ("iterations", "minutes")
                     ]
                 comparisons.append(
@@ -246,10 +235,6 @@ def comparison_table(comparisons: list[Comparison]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_interval(mean: float, half_width: float, form: str = ".1f") -> str:
-    return f"{mean:{form}}" + (f" ± {half_width:.1f}" if math.isfinite(half_width) else "")
-
-
 def row_table(study: dict, detector: str, rows: dict, results: dict[str, dict]) -> str:
     lines = [
         "| row | seeds | iterations | in total | s / iteration | minutes in total | AP | AP50 | "
@@ -259,10 +244,12 @@ def row_table(study: dict, detector: str, rows: dict, results: dict[str, dict]) 
     for row, runs in rows.items():
         if not runs:
             continue
+        shared = shared_names(study, rows, row)
         columns = [study["rows"][row]["title"], len(runs), runs[0]["iterations"]]
-        columns.append(total(runs[0], results, "iterations"))
+        columns.append(total(runs[0], results, "iterations", shared))
         columns.append(f"{statistics.fmean(run['seconds per iteration'] for run in runs):.2f}")
-        columns.append(f"{statistics.fmean(total(run, results, 'minutes') for run in runs):.1f}")
+        minutes = statistics.fmean(total(run, results, "minutes", shared) for run in runs)
+        columns.append(f"{minutes:.1f}")
         evaluated = with_ap(runs)
         for key in ("AP", "AP50", "AP75"):
             values = [run[key] for run in evaluated]
@@ -340,7 +327,8 @@ def draw(study: dict, tables: dict, results: dict[str, dict], path: Path) -> Non
             axes[0].errorbar(mean, index, xerr=error, fmt="s", color=color, capsize=3)
             axes[0].plot(aps, [index] * len(aps), ".", color="black", markersize=4, zorder=3)
             for axis, key in ((axes[1], "iterations"), (axes[2], "minutes")):
-                cost = statistics.fmean(total(run, results, key) for run in runs)
+                shared = shared_names(study, rows, row)
+                cost = statistics.fmean(total(run, results, key, shared) for run in runs)
                 axis.errorbar(cost, mean, yerr=error, fmt="s", color=color, capsize=3)
             axes[3].plot(*zip(*mean_curve(runs)), ".-", color=color)
         # Of the runs: an interval of two or three may be many times as wide.
