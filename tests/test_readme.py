@@ -19,6 +19,7 @@ from detectron2.modeling import build_model
 
 import train_net
 from plaindet.engine import PlainTrainer, write_plain_config
+from plaindet.export import export_onnx
 
 REPOSITORY = Path(__file__).parent.parent
 READMES = [
@@ -47,8 +48,9 @@ OWN_DETECTORS = [
 REPLAY = 'replay["batch"]'
 BOTH_METHODS = "META_ARCHITECTURE: LabelEncCrossKDGFL"
 OWN_BACKBONE = "NAME: convnext_tiny"
+ONNX = 'InferenceSession("detector.onnx")'
 OTHERS = [RESULT, RESULT_OF_PLAINDET, OWN_PROJECT, OWN_TRAINER, OWN_TRAINER_WITH_CROSSKD, OWN_KEYS]
-OTHERS += [*OWN_DETECTORS, REPLAY, BOTH_METHODS, OWN_BACKBONE]
+OTHERS += [*OWN_DETECTORS, REPLAY, BOTH_METHODS, OWN_BACKBONE, ONNX]
 
 MY_PROJECT = """
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -247,6 +249,12 @@ def run_shell(run, make_cfg, workspace, code):
 def test_using_the_result(run_python, make_cfg, workspace):
     save_run(make_cfg, workspace, "retinanet")
     run_python(snippet(RESULT))
+
+
+def test_using_an_onnx_file(run_python, make_cfg, workspace):
+    model = build_model(make_cfg("quick/retinanet_R_18_baseline.yaml"))
+    (workspace / "detector.onnx").write_bytes(export_onnx(model, torch.zeros(3, 128, 128)))
+    run_python(snippet(ONNX))
 
 
 @pytest.mark.parametrize("detector", ["fcos", "gfl", "deformable_detr"])

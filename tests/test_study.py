@@ -348,6 +348,37 @@ def test_seed_of_a_run(tmp_path, tiny_data, monkeypatch, seed):
     assert run.name.endswith(f"/seed{seed}")
 
 
+def test_time_of_rows(tmp_path, tiny_data, monkeypatch):
+    """In a short run of the same phases, for all seeds; rows that have not been trained are left
+    out, and so are those whose teacher's checkpoint is gone."""
+    folder, short = str(Path(tiny_data[0][1]).parent.parent), {}
+
+    def train(run, folder, own, jobs, device, overrides):
+        short[run.config] = dict(zip(overrides[::2], overrides[1::2]))
+        lines = [{"time": 0.5}, {"bbox/AP": 1.0}, {"time": 0.7}]
+        (own / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    monkeypatch.setattr(study, "start_training", train)
+    content = {**yaml.safe_load(TINY), "schedule": 30}
+    plans = [study_plan.plan_runs(content, "gfl", folder, seed, tmp_path) for seed in (1, 2)]
+    runs = [plan[row] for plan in plans for row in ("student", "crosskd")]
+    results = {
+        run.name: {"name": run.name, "iterations": 300, "minutes": 9.0, "timed alone": False}
+        for run in runs
+    }
+    study.time_rows(runs, results, tmp_path, jobs=1, device="cpu")
+    (schedule,) = short.values()
+    assert schedule["SOLVER.MAX_ITER"] == "100"
+    assert schedule["SOLVER.STEPS"] == "(80,)"
+    assert schedule["DATASETS.TEST"] == "()"
+    for run in runs:
+        result = results[run.name]
+        assert result["timed alone"] == ("crosskd" not in run.name)
+        minutes = 9.0 if "crosskd" in run.name else 0.6 * 300 / 60
+        assert result["minutes"] == pytest.approx(minutes)
+    assert study.read_results(tmp_path) == results
+
+
 def wait_for(output, pattern):
     for _ in range(6000):
         if list(output.glob(f"runs/*/{pattern}")):

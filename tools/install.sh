@@ -88,6 +88,6 @@ fi
 if [ -n "$WHEELS" ]; then
     pip_install --no-build-isolation --no-deps -e .
 else
-    pip_install --no-build-isolation -e ".[dev,detr,timm]"
+    pip_install --no-build-isolation -e ".[dev,detr,timm,export]"
 fi
 "$PYTHON" -c "import detectron2, torch; print('Ready: Detectron2', detectron2.__version__, 'with torch', torch.__version__)"

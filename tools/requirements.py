@@ -8,7 +8,8 @@ from pathlib import Path
 config = configparser.ConfigParser()
 config.read(Path(__file__).resolve().parent.parent / "setup.cfg")
 extras = config["options.extras_require"]
-needed = [config["options"]["install_requires"], extras["test"], extras["detr"], extras["timm"]]
+needed = [config["options"]["install_requires"]]
+needed += [extras[name] for name in ("test", "detr", "timm", "export")]
 for line in "\n".join(needed).split("\n"):
     if re.match(r"(?!torch)\w", line):
         print(line)

@@ -2,7 +2,7 @@
 """Trains the rows of studies with several seeds, and reports what they show.
 
     python tools/study.py STUDY [STUDY ...] [--data shapes <COCO-format folder> ...] [--seeds 3]
-        [--detectors NAME ...] [--schedule 1] [--jobs 1] [--device cpu]
+        [--detectors NAME ...] [--schedule 1] [--jobs 1] [--device cpu] [--time]
         [--output output/studies] [--report-only]
 
 A study is the name of a file in configs/studies, or a yaml file like those. It has detectors,
@@ -36,15 +36,28 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import yaml
 
-from demo_runs import CONFIGS, REPOSITORY
-from study_plan import BUILT_IN, Run, dataset_name, plan_runs, read_study, study_names, write_text
+from demo_runs import CONFIGS, REPOSITORY, read_metrics
+from study_plan import (
+    BUILT_IN,
+    Run,
+    dataset_name,
+    plan_runs,
+    read_study,
+    scaled_schedule,
+    study_names,
+    write_text,
+)
 from study_report import write_report
+
+TIMED_ITERATIONS = 100
 
 
 def parse_args():
@@ -64,6 +77,12 @@ def parse_args():
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (1)")
     parser.add_argument("--device", default="cpu", help="of all runs: cpu or cuda (cpu)")
+    parser.add_argument(
+        "--time",
+        action="store_true",
+        help="then measure the time of an iteration of each row anew, one after the other, for "
+        "reports on times that other work on the machine has not moved",
+    )
     parser.add_argument("--output", type=Path, default=Path("output/studies"))
     parser.add_argument("--report-only", action="store_true", help="train nothing")
     return parser.parse_args()
@@ -148,14 +167,31 @@ def train(run: Run, folder: Path, jobs: int, device: str) -> dict:
     Raises:
         RuntimeError: train_net.py failed.
     """
-    folder = folder.resolve()
     own = folder / run.name
+    start_training(run, folder, own, jobs, device)
+    return read_result(run, own)
+
+
+def start_training(
+    run: Run, folder: Path, own: Path, jobs: int, device: str, overrides: Sequence[str] = ()
+) -> None:
+    """Runs train_net.py to its end.
+
+    Args:
+        folder: of all runs.
+        own: the output folder.
+        overrides: in addition to the run's.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    folder, own = folder.resolve(), own.resolve()
     own.mkdir(parents=True, exist_ok=True)
     starts = {row: folder / parent.name for row, parent in run.parents.items()}
     command = [sys.executable, "-W", "ignore", str(REPOSITORY / "train_net.py"), "--resume"]
     command += ["--config-file", str(CONFIGS / run.config), *run.data]
     command += [item.format_map(starts) for item in run.overrides]
-    command += ["MODEL.DEVICE", device, "SEED", str(run.seed), "OUTPUT_DIR", str(own)]
+    command += [*overrides, "MODEL.DEVICE", device, "SEED", str(run.seed), "OUTPUT_DIR", str(own)]
     threads = max(os.cpu_count() // jobs, 1)
     # Threads that wait for each other should not keep other runs off the cores.
     environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
@@ -173,17 +209,47 @@ def train(run: Run, folder: Path, jobs: int, device: str) -> dict:
         ).returncode
     if code:
         raise RuntimeError(f"exit code {code}, see {own / 'output.txt'}")
-    return read_result(run, own)
+
+
+def time_rows(
+    runs: list[Run], results: dict[str, dict], output: Path, jobs: int, device: str
+) -> None:
+    """Measures the time of an iteration of every finished row, one after the other, in a run with
+    the same phases of TIMED_ITERATIONS, and puts it into the results of all seeds.
+
+    Args:
+        jobs: as in the training, for the same number of threads.
+    """
+    folder = output / "runs"
+    rows = {}
+    for run in runs:
+        has_starts = all(
+            (folder / p.name / "model_final.pth").exists() for p in run.parents.values()
+        )
+        if run.name in results and has_starts:
+            rows.setdefault(os.path.dirname(run.name), run)
+    for number, (row, run) in enumerate(rows.items(), 1):
+        pairs = dict(zip(run.overrides[::2], run.overrides[1::2]))
+        factor = TIMED_ITERATIONS / results[run.name]["iterations"]
+        short = scaled_schedule(run.config, pairs, factor)
+        overrides = [item for pair in short.items() for item in pair]
+        with tempfile.TemporaryDirectory() as own:
+            overrides += ["DATASETS.TEST", "()"]
+            start_training(run, folder, Path(own), jobs, device, overrides)
+            seconds = [line["time"] for line in read_metrics(Path(own)) if "time" in line]
+        cost = statistics.fmean(seconds)
+        for result in results.values():
+            if os.path.dirname(result["name"]) == row:
+                result["seconds per iteration"] = cost
+                result["minutes"] = cost * result["iterations"] / 60
+                result["timed alone"] = True
+        write_results(results, output)
+        print(f"{number} of {len(rows)} rows: {row}, {cost:.3f} s an iteration", flush=True)
 
 
 def read_result(run: Run, folder: Path) -> dict:
     """The line of results.jsonl for a run that is finished."""
-    metrics = []
-    for line in (folder / "metrics.json").read_text().splitlines():
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # the run was killed while it wrote this line
+    metrics = read_metrics(folder)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     iterations = config["SOLVER"]["MAX_ITER"]
     last = {key: value for line in metrics for key, value in line.items()}
@@ -204,6 +270,7 @@ def read_result(run: Run, folder: Path) -> dict:
         "device": config["MODEL"]["DEVICE"],
         "iterations": iterations,
         **{key: _ap(last, key) for key in ("AP", "AP50", "AP75")},
+        "timed alone": False,
         "minutes": cost * iterations / 60,  # of training alone
         "seconds per iteration": cost,
         "learning curve": sorted(curve.items()),
@@ -283,6 +350,8 @@ def main():
                 shutil.rmtree(args.output / "runs" / name, ignore_errors=True)
         if not args.report_only:
             failed = train_all(runs, results, args.output, args.jobs, args.device)
+        if args.time and not args.report_only:
+            time_rows(runs, results, args.output, args.jobs, args.device)
     for (name, dataset), plan in plans.items():
         planned = (run for rows in plan.values() for row in rows.values() for run in row)
         if not any(run.name in results for run in planned):

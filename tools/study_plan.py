@@ -116,7 +116,7 @@ def plan_runs(
             for key, value in overrides.items()
         }
         if schedule != 1:
-            overrides.update(longer_schedule(config, overrides, schedule))
+            overrides.update(scaled_schedule(config, overrides, schedule))
         parents = {parent: runs[parent] for parent in sorted(parent_rows(row))}
         # Without the seeds, so that a row has one folder, with one for each seed in it.
         starts = {parent: os.path.dirname(run.name) for parent, run in parents.items()}
@@ -139,17 +139,19 @@ def plan_runs(
     return runs
 
 
-def longer_schedule(config: str, overrides: dict[str, str], factor: int) -> dict[str, str]:
+def scaled_schedule(config: str, overrides: dict[str, str], factor: float) -> dict[str, str]:
     """The overrides of a config, in addition to those given, with which all of its phases, and the
     time between evaluations, are `factor` times as long."""
     pairs = [item for pair in overrides.items() for item in pair]
     cfg = merge_config(CONFIGS / config, pairs, [add_labelenc_config, add_crosskd_config])
-    longer = {}
+    scaled = {}
     for key in ITERATIONS:
         value = functools.reduce(lambda node, name: node[name], key.split("."), cfg)
         is_tuple = isinstance(value, tuple)
-        longer[key] = str(tuple(factor * x for x in value) if is_tuple else factor * value)
-    return longer
+        scaled[key] = str(
+            tuple(round(factor * x) for x in value) if is_tuple else round(factor * value)
+        )
+    return scaled
 
 
 def dataset_name(dataset: str) -> str:

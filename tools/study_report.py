@@ -65,7 +65,7 @@ def write_report(
         *summary(comparisons, has_paper(study)),
         comparison_table(comparisons),
         "Iterations and time: of the row with the runs that it starts from, relative to those of "
-        "the other row. Times are those of the machine under whatever load it had.\n",
+        f"the other row. {times_sentence(tables)}\n",
         *(["## At equal cost\n", EQUAL_COST, *cost_sections] if cost_sections else ()),
         "## All rows\n",
         *(
@@ -217,6 +217,13 @@ def summary(comparisons: list[Comparison], with_claims: bool) -> list[str]:
             sentences.append("\nComparisons without such a claim:\n")
         sentences += [f"* {c}" for c in others]
     return [*sentences, ""]
+
+
+def times_sentence(tables: dict) -> str:
+    runs = [run for rows in tables.values() for table in rows.values() for run in table]
+    if all(run.get("timed alone") for run in runs):
+        return "Times were measured of one run at a time."
+    return "Times are those of the machine under whatever load it had."
 
 
 def comparison_table(comparisons: list[Comparison]) -> str:

@@ -207,13 +207,15 @@ class DeformableDETR(nn.Module):
             image_sizes: (height, width) without padding.
         """
         results = []
-        for logits, boxes, (height, width) in zip(*predictions, image_sizes):
+        for logits, boxes, image_size in zip(*predictions, image_sizes):
             scores = logits.sigmoid().flatten()
             count = min(self.max_detections_per_image, len(scores))
             scores, best = scores.topk(count)
             boxes = box_convert(boxes[best // self.num_classes], "cxcywh", "xyxy")
-            result = Instances((height, width))
-            result.pred_boxes = Boxes(boxes * boxes.new_tensor([width, height, width, height]))
+            # A tensor in tracing, which has to stay one.
+            height, width = torch.as_tensor(image_size, dtype=boxes.dtype, device=boxes.device)
+            result = Instances(tuple(image_size))
+            result.pred_boxes = Boxes(boxes * torch.stack([width, height, width, height]))
             result.scores = scores
             result.pred_classes = best % self.num_classes
             results.append(result)
@@ -224,7 +226,8 @@ def pixel_mask(
     image_sizes: list[tuple[int, int]], padded_size: tuple[int, int], device: torch.device
 ) -> torch.Tensor:
     """Where a batch has images and no padding: (N, H, W) bool."""
-    sizes = torch.tensor(image_sizes).to(device, non_blocking=True)
+    sizes = torch.stack([torch.as_tensor(size) for size in image_sizes])
+    sizes = sizes.to(device, non_blocking=True)
     heights, widths = sizes[..., None].unbind(dim=1)
     rows, columns = (torch.arange(size, device=device) for size in padded_size)
     return (rows < heights)[:, :, None] & (columns < widths)[:, None]

@@ -10,6 +10,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from detectron2.layers import shapes_to_tensor
 from torch import nn
 from torch.nn import functional as F
 
@@ -217,21 +218,29 @@ class DeformableTransformer(nn.Module):
             masks.append(mask)
             positions.append(position.flatten(2).transpose(1, 2) + model.level_embed[i])
         shapes_list = [tuple(level.shape[-2:]) for level in levels]
-        shapes = torch.tensor(shapes_list).to(pixel_mask.device, non_blocking=True)
+        shapes = torch.stack([shapes_to_tensor(list(shape)) for shape in shapes_list])
+        shapes = shapes.to(pixel_mask.device, non_blocking=True)
         mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)
         valid_ratios = torch.stack([model.get_valid_ratio(mask) for mask in masks], dim=1)
         sizes = shapes.prod(dim=1)
         level_start_index = sizes.cumsum(dim=0) - sizes
-        encoded = model.encoder(
-            inputs_embeds=torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1),
-            attention_mask=mask,
-            spatial_position_embeddings=torch.cat(positions, dim=1),
-            spatial_shapes=shapes,
-            spatial_shapes_list=shapes_list,
-            level_start_index=level_start_index,
-            valid_ratios=valid_ratios,
-        ).last_hidden_state
-        return Memory(encoded, mask, valid_ratios, shapes, shapes_list, level_start_index)
+        features = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
+        positions = torch.cat(positions, dim=1)
+        reference = encoder_reference_points(shapes_list, valid_ratios)
+        features = F.dropout(features, model.encoder.dropout, self.training)
+        # Layer by layer, since the library's encoder makes reference points that are constants in
+        # a traced model.
+        for layer in model.encoder.layers:
+            features = layer(
+                features,
+                attention_mask=mask,
+                spatial_position_embeddings=positions,
+                reference_points=reference,
+                spatial_shapes=shapes,
+                spatial_shapes_list=shapes_list,
+                level_start_index=level_start_index,
+            )
+        return Memory(features, mask, valid_ratios, shapes, shapes_list, level_start_index)
 
     def decode(self, memory: Memory) -> Decoded:
         """Runs all decoder layers."""
@@ -299,6 +308,28 @@ class DeformableTransformer(nn.Module):
         positions, queries = embeddings.chunk(2, dim=-1)
         proposals = Predictions(logits, box_logits.sigmoid())
         return StageInputs(queries, positions, best_logits.sigmoid()), proposals
+
+
+def encoder_reference_points(
+    shapes: list[tuple[int, int]], valid_ratios: torch.Tensor
+) -> torch.Tensor:
+    """Where the encoder's positions are: their centres, in 0..1 of each padded level.
+
+    Args:
+        shapes: height and width of each level.
+        valid_ratios: as in :class:`Memory`.
+
+    Returns:
+        (N, S, levels, 2), x and y
+    """
+    points = []
+    for (height, width), ratio in zip(shapes, valid_ratios.unbind(dim=1)):
+        centers = [torch.arange(size, device=ratio.device) + 0.5 for size in (width, height)]
+        x = centers[0] / (ratio[:, :1] * width)
+        y = centers[1] / (ratio[:, 1:] * height)
+        x, y = x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)
+        points.append(torch.stack([x, y], dim=-1).flatten(1, 2))
+    return torch.cat(points, dim=1)[:, :, None] * valid_ratios[:, None]
 
 
 class SetCriterion(DeformableDetrImageLoss):
