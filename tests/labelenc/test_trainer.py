@@ -349,6 +349,14 @@ def test_single_run(make_cfg):
     assert all(0 < step < 0.1 for step in steps)
 
 
+def test_single_run_with_a_warmup_beyond_step1(make_cfg):
+    """The warm-up is of step 1 alone."""
+    overrides = ("MODEL.LABELENC.WARMUP_ITERS", "5")
+    _, recorder = train(make_cfg(STEP1, *SINGLE_RUN, *overrides))
+    distances = [losses["loss_distance"] for losses in recorder.losses]
+    assert [distance > 0 for distance in distances] == [False, False, False, True, True, False]
+
+
 def test_single_run_has_the_losses_of_step2(make_cfg):
     trainer = LabelEncTrainer(make_cfg(STEP1, *SINGLE_RUN))
     model = trainer.plain_model

@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 class LabelEncHook(HookBase):
     """The phases of LabelEnc (Sec. 4.1), for any trainer of Detectron2:
 
-    * switches L3, in step 2 the auxiliary loss, on for the iterations in [start, stop);
+    * switches L3 on for the iterations in [start, stop), and in step 2 the auxiliary loss until
+      `stop`;
     * while it is off, removes the adapter's zero gradients before the optimizer's step, so that
       neither weight decay nor momentum moves it;
     * in a single run of both steps, begins step 2, and from then on removes the label encoder's;
@@ -71,7 +72,8 @@ class LabelEncHook(HookBase):
         iteration, model = self.trainer.iter, self.model
         if self.step2_start is not None and iteration >= self.step2_start and model.step == 1:
             model.begin_step2()
-        is_on = self.start <= iteration < self.stop
+        # The warm-up is step 1's.
+        is_on = (model.step == 2 or self.start <= iteration) and iteration < self.stop
         model.distance_enabled = is_on and model.distance_weight != 0
         if self.mapper is not None and iteration >= self.stop:
             self.mapper.stop_label_maps()
@@ -133,7 +135,8 @@ def build_labelenc_hook(
             stop = step2_start or 0
     else:
         mapper = None
-    if start >= stop and model.distance_weight != 0:
+    first = start if step2_start is None else min(start, step2_start)
+    if first >= stop and model.distance_weight != 0:
         key = "WARMUP_ITERS" if labelenc.STEP == 1 else "CUTOFF_ITERS"
         logger.warning(
             f"The distance loss is never switched on: MODEL.LABELENC.{key} {labelenc[key]}, "
