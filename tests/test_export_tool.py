@@ -73,6 +73,12 @@ def test_detector_that_finds_nothing(run, tmp_path):
         run(tmp_path / "detector.pt", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.99")
 
 
+def test_data_set_that_is_not_known(run, tmp_path):
+    """As after a training on own data, where plain_config.yaml has Detectron2's keys alone."""
+    with pytest.raises(SystemExit, match=r"'cells_val' is not registered(?s:.*)--images FILE"):
+        run(tmp_path / "detector.pt", "DATASETS.TEST", "('cells_val',)")
+
+
 def test_name_of_no_format(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path / "detector.engine")

@@ -29,6 +29,11 @@ def add_detector_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=[CONFIG.yaml:]WEIGHTS",
         help="checkpoints; without CONFIG they are of --config-file",
     )
+    add_image_arguments(parser)
+
+
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that choose images, and the overrides of the config."""
     parser.add_argument("--dataset", help="a registered name; default: DATASETS.TEST[0]")
     parser.add_argument(
         "--images",

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from plaindet.export import OUTPUTS, detect, export_onnx, export_torchscript
 from plaindet.files import write_atomically
 
-from detectors import choose_images, load_model, read_cfg
+from detectors import add_image_arguments, choose_images, load_model, read_cfg
 
 # What the order of floating point operations may change, in pixels and probabilities.
 TOLERANCES = {"boxes": 0.01, "scores": 1e-4, "classes": 0.0, "masks": 1e-3}
@@ -69,16 +69,8 @@ def parse_args():
     parser.add_argument("--config-file", required=True, help="the plain_config.yaml of a run")
     parser.add_argument("--weights", help="default: model_final.pth beside the config")
     parser.add_argument("--output", required=True, type=Path, help="NAME.onnx or NAME.pt")
-    parser.add_argument("--dataset", help="a registered name; default: DATASETS.TEST[0]")
-    parser.add_argument(
-        "--images",
-        nargs="+",
-        default=["4"],
-        help="image files to check with, or a number: the first N of the data set (4)",
-    )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
+    add_image_arguments(parser)
     args = parser.parse_args()
-    args.image_ids = None
     if args.output.suffix not in RUNNERS:
         parser.error(f"--output is {args.output}, expected a name that ends in .onnx or .pt")
     return args
@@ -180,7 +172,14 @@ def main():
     cfg.MODEL.DEVICE = "cpu"
     weights = args.weights or os.path.join(os.path.dirname(args.config_file), "model_final.pth")
     model, _ = load_model(cfg, weights)
-    images = check_images(cfg, [d["file_name"] for d in choose_images(args, cfg)])
+    try:
+        chosen = choose_images(args, cfg)
+    except KeyError as error:  # a config with Detectron2's keys alone does not say where it is
+        raise SystemExit(
+            f"{error.args[0]}\nExpected images to check with: --images FILE ..., or the data set "
+            "by DATASETS.COCO_FORMAT at the end of the command"
+        ) from None
+    images = check_images(cfg, [d["file_name"] for d in chosen])
     with torch.no_grad():
         expected = [tuple(x.numpy() for x in detect(model, image)) for image in images]
     numbers = [len(boxes) for boxes, *_ in expected]
@@ -190,8 +189,9 @@ def main():
             "expected --images in which it does, or a lower score threshold"
         )
     example = images[int(np.argmax(numbers))]
-    content = export_onnx(model, example) if args.output.suffix == ".onnx" else None
-    if content is None:
+    if args.output.suffix == ".onnx":
+        content = export_onnx(model, example)
+    else:
         content = export_torchscript(model, example).save_to_buffer()
     # Complete and checked, or not there.
     args.output.parent.mkdir(parents=True, exist_ok=True)

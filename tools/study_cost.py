@@ -11,11 +11,11 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 EQUAL_COST = """\
-Time counts the runs that a row starts from, except where the row says that they are shared. "Over plain
-training" is the difference to the AP on the straight line between the plain rows that take less and more
-time, of the same seed; for a row that takes longer than all of them (>), to the longest's. A row is on
-the frontier if none that takes as long or less has more AP.
-"""  # noqa: E501
+Time counts the runs that a row starts from, except where the row says that they are shared. "Over
+plain training" is the difference to the AP on the straight line between the plain rows that take
+less and more time, of the same seed; for a row that takes longer than all of them (>), to the
+longest's. A row is on the frontier if none that takes as long or less has more AP.
+"""
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float]:

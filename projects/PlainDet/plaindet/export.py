@@ -87,11 +87,8 @@ def export_onnx(model: nn.Module, image: torch.Tensor) -> bytes:
 
 
 def _adapter(model: nn.Module, image: torch.Tensor) -> TracingAdapter:
-    def run(model, image):
-        return detect(model, image)
-
     # In eval mode itself, too: the exporter restores the mode of what it exports.
-    return TracingAdapter(model.eval(), image, run).eval()
+    return TracingAdapter(model.eval(), image, detect).eval()
 
 
 @contextmanager
