@@ -51,8 +51,8 @@ def assert_same_detections(expected, found):
 @pytest.mark.parametrize(
     ("detector", "backbone"),
     [
-        *((detector, "R_18") for detector in DENSE),
         ("retinanet", "lite0"),
+        *((detector, "R_18") for detector in DENSE[1:]),
         ("faster_rcnn", "R_18"),
         ("mask_rcnn", "R_18"),
         ("deformable_detr", "R_18"),
@@ -82,6 +82,7 @@ def test_exported_detector(make_cfg, detector, backbone):
     assert [x.name for x in session.get_outputs()] == list(OUTPUTS[: len(expected[0])])
     assert not model.training
     for image, detections in zip(images(), expected):
-        assert_same_detections(detections, traced(image))
+        with torch.jit.optimized_execution(False):  # which takes longer for each new size
+            assert_same_detections(detections, traced(image))
         found = session.run(None, {"image": image.numpy()})
         assert_same_detections(detections, [torch.from_numpy(x) for x in found])
