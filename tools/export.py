@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Writes a trained detector as ONNX or TorchScript, and checks the file before it is there.
 
-    python tools/export.py --config-file output/run/plain_config.yaml --output detector.onnx
-        [--weights output/run/model_final.pth] [--images FILE ... | N] [KEY VALUE ...]
+    python tools/export.py --config-file output/run/plain_config.yaml
+        [--weights output/run/model_final.pth] [--images FILE ... | N] --output detector.onnx
+        [KEY VALUE ...]
 
 The output's name ends in .onnx, or in .pt for TorchScript. The file takes one image (3, H, W) in
 0..255, float32, of the size to which the config resizes it and in the channel order INPUT.FORMAT.
@@ -33,7 +34,7 @@ from torch.nn import functional as F
 from plaindet.export import OUTPUTS, detect, export_onnx, export_torchscript
 from plaindet.files import write_atomically
 
-from detectors import add_image_arguments, choose_images, load_model, read_cfg
+from detectors import add_image_arguments, choose_dataset, choose_images, load_model, read_cfg
 
 # What the order of floating point operations may change, in pixels and probabilities.
 TOLERANCES = {"boxes": 0.01, "scores": 1e-4, "classes": 0.0, "masks": 1e-3}
@@ -174,10 +175,11 @@ def main():
     model, _ = load_model(cfg, weights)
     try:
         chosen = choose_images(args, cfg)
-    except KeyError as error:  # a config with Detectron2's keys alone does not say where it is
+    except KeyError:  # a config with Detectron2's keys alone does not say where it is
         raise SystemExit(
-            f"{error.args[0]}\nExpected images to check with: --images FILE ..., or the data set "
-            "by DATASETS.COCO_FORMAT at the end of the command"
+            f"The data set {choose_dataset(args, cfg)} is not registered. Expected images to check "
+            "with, by --images FILE ... --output ..., or the data set, by DATASETS.COCO_FORMAT at "
+            "the end of the command"
         ) from None
     images = check_images(cfg, [d["file_name"] for d in chosen])
     with torch.no_grad():
