@@ -1,4 +1,6 @@
+from .adapters import DetectorAdapter, Seen, adapter_of, register_adapter
 from .best import BestCheckpointer
+from .build import SHORT_NAMES, build_task, former_base, plain_cfg, training_methods
 from .checkpointer import PlainCheckpointer
 from .checks import (
     check_datasets,
@@ -9,8 +11,12 @@ from .checks import (
 )
 from .evaluation import build_evaluator
 from .finite import FiniteLosses
+from .idle import IdleGradients
+from .method import METHODS, Method, register_method
 from .optimizer import build_optimizer
 from .plain_config import write_plain_config
 from .preemption import PREEMPTED, Preemption, ending_process_group, supervised_processes
 from .resume import ExactResume
+from .task import TrainingTask
 from .trainer import PlainTrainer
+from .training_only import is_training_only, keep_training_only

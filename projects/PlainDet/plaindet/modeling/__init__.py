@@ -16,4 +16,3 @@ from .swin import build_swin_backbone
 from .teacher import CompleteCheckpointer, Teacher, build_teacher
 from .timm_backbone import TimmBackbone, build_timm_backbone
 from .timm_weights import without_pretrained_weights
-from .training_only import TrainingOnlyModules, is_training_only, keep_training_only
