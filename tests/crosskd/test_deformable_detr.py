@@ -18,7 +18,7 @@ from iteration import (
     with_gradient,
 )
 
-from crosskd import CrossKDTrainer
+from crosskd import CrossKDTrainer, DETRCrossKD
 from plaindet.data import register_coco_format
 from plaindet.engine import ending_process_group
 from plaindet.modeling import DeformableDETR, Teacher
@@ -294,8 +294,8 @@ def test_options(make_cfg):
     for key, value, message in (
         ("QUERIES", "both", "is 'both', expected one of"),
         ("CLS_LOSS", "focal", r"is 'focal', expected one of \['qfl', 'bce'\]"),
-        ("STRATEGY", "b", "is 'b', but means nothing for Deformable DETR: leave it at 'a'"),
-        ("FEATURE_WEIGHT", 1.0, "is 1.0, but means nothing for Deformable DETR"),
+        ("STRATEGY", "b", r"is 'b', expected one of \['a'\]: it means nothing for DETR"),
+        ("FEATURE_WEIGHT", 1.0, r"is 1.0, expected one of \[0\]: it means nothing for DETR"),
     ):
         cfg = make_cfg("quick/deformable_detr_R_18_crosskd.yaml", *SMALL)
         cfg.MODEL.CROSSKD[key] = value
@@ -315,7 +315,8 @@ def test_config_for_coco(read_cfg, make_cfg):
     teacher = read_cfg("PlainDet/deformable_detr_R_50_50ep.yaml")
     assert (cfg.SOLVER, cfg.INPUT) == (plain.SOLVER, plain.INPUT)
     assert cfg.MODEL.DEFORMABLE_DETR == plain.MODEL.DEFORMABLE_DETR == teacher.MODEL.DEFORMABLE_DETR
-    assert (crosskd.CLS_LOSS, crosskd.CLS_WEIGHT, crosskd.BOX_WEIGHT) == ("bce", 1, 1)
+    settings = {"cls_weight": DETRCrossKD().cls_weight, **DETRCrossKD.settings(crosskd)}
+    assert [settings[x] for x in ("cls_loss", "cls_weight", "box_weight")] == ["bce", 1, 1]
     assert crosskd.QUERIES == "teacher"
     assert crosskd.TEACHER.CONFIG_FILE.endswith("PlainDet/deformable_detr_R_50_50ep.yaml")
     assert crosskd.TEACHER.WEIGHTS.endswith(f"{teacher.OUTPUT_DIR}/model_final.pth")

@@ -121,11 +121,11 @@ def losses_of(model, batch):
 
 def methods_of(names, name, teacher):
     crosskd = TwoStageCrossKD if name == "PanopticFPN" else DenseCrossKD
-    position = 0 if name == "PanopticFPN" else 1
+    options = {} if name == "PanopticFPN" else {"position": 1}
     made = {
         "step 1": lambda: LabelEnc(step=1, norm="BN"),
         "step 2": lambda: LabelEnc(step=2, norm="BN"),
-        "CrossKD": lambda: crosskd(teacher=teacher, position=position),
+        "CrossKD": lambda: crosskd(teacher=teacher, **options),
     }
     return [made[x]() for x in names]
 
@@ -178,10 +178,7 @@ def test_from_its_plain_config(make_own_cfg, name, tmp_path):
     phases = ["MODEL.LABELENC.WARMUP_ITERS", "1", "MODEL.LABELENC.CUTOFF_ITERS", "0"]
     step2 = ["MODEL.LABELENC.STEP", "2", "MODEL.LABELENC.STEP1_FILE", str(step1_file)]
     crosskd = ["MODEL.CROSSKD.TEACHER.CONFIG_FILE", str(teacher)]
-    if name == "PanopticFPN":
-        crosskd += ["MODEL.CROSSKD.POSITION", "0", "MODEL.CROSSKD.CLS_LOSS", "kl"]
-        crosskd += ["MODEL.CROSSKD.BOX_LOSS", "l1"]
-    else:
+    if name != "PanopticFPN":  # a head of two convolutions
         crosskd += ["MODEL.CROSSKD.POSITION", "1"]
     runs = {
         "teacher": [],

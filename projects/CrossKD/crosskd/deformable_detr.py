@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from detectron2.config import CfgNode, get_cfg
 from torch import nn
 from torchvision.ops import box_convert
 
 from plaindet.engine.adapters import DETRAdapter
+from plaindet.modeling import Teacher
 
-from .config import add_crosskd_config
 from .losses import box_loss, quality_focal_loss
 from .method import CrossKD, check_equal, check_option
 
 if TYPE_CHECKING:
     from plaindet.modeling.deformable_transformer import Memory, Predictions, StageInputs
-
-# The keys of MODEL.CROSSKD that mean something here.
-KEYS = ("TEACHER", "QUERIES", "CLS_LOSS", "CLS_GAMMA", "CLS_WEIGHT", "BOX_WEIGHT")
 
 
 class DETRCrossKD(CrossKD):
@@ -42,15 +39,16 @@ class DETRCrossKD(CrossKD):
         self,
         *,
         queries: str = "teacher",
-        cls_gamma: float = 0.0,
+        cls_loss: str = "qfl",
+        cls_gamma: float = 1.0,
         cls_weight: float = 1.0,
         box_weight: float = 1.0,
-        **teacher,
+        teacher: Teacher | Callable[[], Teacher] | None = None,
     ):
         """
         Args:
             queries: "teacher" or "student": whose queries and references go into the layers.
-            cls_gamma: of the quality focal loss; 0 is the binary cross entropy.
+            cls_loss: "qfl", the quality focal loss with `cls_gamma`, or "bce".
             cls_weight: of the class loss.
             box_weight: of the L1 and the GIoU loss, beside the weights of the detection losses.
             teacher: see :class:`CrossKD`.
@@ -58,23 +56,13 @@ class DETRCrossKD(CrossKD):
         Raises:
             ValueError: an option has an unknown value.
         """
-        super().__init__(**teacher)
+        super().__init__(teacher)
         check_option("CROSSKD.QUERIES", queries, ("teacher", "student"))
+        check_option("CROSSKD.CLS_LOSS", cls_loss, ("qfl", "bce"))
         self.source_of_queries = queries
-        self.cls_gamma = cls_gamma
+        self.cls_gamma = cls_gamma if cls_loss == "qfl" else 0.0
         self.cls_weight = cls_weight
         self.box_weight = box_weight
-
-    @staticmethod
-    def settings(crosskd):
-        _check_other_keys(crosskd)
-        check_option("CROSSKD.CLS_LOSS", crosskd.CLS_LOSS, ("qfl", "bce"))
-        return {
-            "queries": crosskd.QUERIES,
-            "cls_gamma": crosskd.CLS_GAMMA if crosskd.CLS_LOSS == "qfl" else 0.0,
-            "cls_weight": crosskd.CLS_WEIGHT,
-            "box_weight": crosskd.BOX_WEIGHT,
-        }
 
     def check_student(self):
         self.adapter.position = 0  # the encoder's output
@@ -121,7 +109,7 @@ class DETRCrossKD(CrossKD):
         teacher = self.teacher_adapter
         with torch.no_grad():
             features = self.teacher_features(batched_inputs)
-            teacher_memory = teacher.encode(features, seen.images)
+            teacher_memory = teacher.detector.encode(features, seen.images)
         if self.source_of_queries == "teacher":
             with torch.no_grad():
                 stages, expected, _ = teacher.detector.transformer.decode(teacher_memory)
@@ -183,14 +171,3 @@ class DETRCrossKD(CrossKD):
             positions=self.project("positions", inputs.positions),
             reference=inputs.reference.detach(),
         )
-
-
-def _check_other_keys(crosskd: CfgNode) -> None:
-    default = get_cfg()
-    add_crosskd_config(default)
-    for key, value in default.MODEL.CROSSKD.items():
-        if key not in KEYS and crosskd[key] != value:
-            raise ValueError(
-                f"MODEL.CROSSKD.{key} is {crosskd[key]!r}, but means nothing for Deformable DETR: "
-                f"leave it at {value!r}"
-            )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from detectron2.structures import Boxes
 from torch import nn
 from torch.nn import functional as F
 
 from plaindet.engine.adapters import Assignment, DenseAdapter, Predictions, TowerFeatures
-from plaindet.modeling import mean_over_processes
+from plaindet.modeling import Teacher, mean_over_processes
 
 from .alignment import align_features
 from .losses import box_loss, distribution_loss, feature_loss, quality_focal_loss
@@ -32,62 +34,45 @@ class DenseCrossKD(CrossKD):
         *,
         position: int = 3,
         strategy: str = "a",
+        cls_loss: str = "qfl",
         cls_gamma: float = 1.0,
         cls_weight: float = 1.0,
         cls_region: str = "all",
-        box_loss_type: str = "giou",
+        box_loss: str = "giou",
         box_temperature: float = 1.0,
         box_weight: float = 1.0,
         centerness_weight: float = 0.0,
         feature_weight: float = 0.0,
-        **teacher,
+        teacher: Teacher | Callable[[], Teacher] | None = None,
     ):
         """
         Args:
             position: the convolution of the subnets after which features change the head.
             strategy: one of `STRATEGIES`.
-            cls_gamma: of the quality focal loss; 0 is the binary cross entropy.
+            cls_loss: "qfl", the quality focal loss with `cls_gamma`, or "bce".
             cls_weight, box_weight, centerness_weight, feature_weight: of the distillation losses.
             cls_region: "all", "positive" or "negative".
-            box_loss_type: "giou", "iou", "l1", or "kl" with `box_temperature` of a detector that
+            box_loss: "giou", "iou", "l1", or "kl" with `box_temperature` of a detector that
                 predicts distributions.
             teacher: see :class:`CrossKD`.
 
         Raises:
             ValueError: an option has an unknown value.
         """
-        super().__init__(**teacher)
+        super().__init__(teacher)
         check_option("CROSSKD.STRATEGY", strategy, STRATEGIES)
+        check_option("CROSSKD.CLS_LOSS", cls_loss, ("qfl", "bce"))
         check_option("CROSSKD.CLS_REGION", cls_region, ("all", "positive", "negative"))
         self.position = position
         self.strategy = strategy
-        self.cls_gamma = cls_gamma
+        self.cls_gamma = cls_gamma if cls_loss == "qfl" else 0.0
         self.cls_weight = cls_weight
         self.cls_region = cls_region
-        self.box_loss_type = box_loss_type
+        self.box_loss_type = box_loss
         self.box_temperature = box_temperature
         self.box_weight = box_weight
         self.centerness_weight = centerness_weight
         self.feature_weight = feature_weight
-
-    @staticmethod
-    def settings(crosskd):
-        check_option("CROSSKD.CLS_LOSS", crosskd.CLS_LOSS, ("qfl", "bce"))
-        # What other detectors have.
-        check_option("CROSSKD.CLS_TEMPERATURE", crosskd.CLS_TEMPERATURE, (1,))
-        check_option("CROSSKD.QUERIES", crosskd.QUERIES, ("teacher",))
-        return {
-            "position": crosskd.POSITION,
-            "strategy": crosskd.STRATEGY,
-            "cls_gamma": crosskd.CLS_GAMMA if crosskd.CLS_LOSS == "qfl" else 0.0,
-            "cls_weight": crosskd.CLS_WEIGHT,
-            "cls_region": crosskd.CLS_REGION,
-            "box_loss_type": crosskd.BOX_LOSS,
-            "box_temperature": crosskd.BOX_TEMPERATURE,
-            "box_weight": crosskd.BOX_WEIGHT,
-            "centerness_weight": crosskd.CENTERNESS_WEIGHT,
-            "feature_weight": crosskd.FEATURE_WEIGHT,
-        }
 
     def check_student(self):
         adapter = self.adapter

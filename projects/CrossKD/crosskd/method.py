@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 
@@ -12,6 +13,9 @@ from plaindet.engine import DetectorAdapter, Method, adapter_of, check_teacher_c
 from plaindet.modeling import Teacher, build_teacher
 
 from .config import add_crosskd_config
+
+# In configs that runs wrote when all families had the defaults of dense detectors.
+FORMER_DEFAULTS = {"POSITION": 3, "BOX_LOSS": "giou"}
 
 
 class CrossKD(Method):
@@ -52,14 +56,30 @@ class CrossKD(Method):
             f"{type(adapter.detector).__name__}"
         )
 
-    @staticmethod
-    def settings(crosskd: CfgNode) -> dict:
-        """The arguments of the constructor by the keys of MODEL.CROSSKD.
+    @classmethod
+    def settings(cls, crosskd: CfgNode) -> dict:
+        """The arguments of the constructor, which have the names of the keys of MODEL.CROSSKD. None
+        is their own default.
 
         Raises:
-            ValueError: a key has another value than its default, but means nothing here.
+            ValueError: a key that means nothing here has another value than its default.
         """
-        raise NotImplementedError
+        default = CfgNode({"MODEL": {}})
+        add_crosskd_config(default)
+        settings, arguments = {}, inspect.signature(cls).parameters
+        for key, value in crosskd.items():
+            expected = default.MODEL.CROSSKD[key]
+            if key == "TEACHER" or value is None:
+                continue
+            if key.lower() in arguments:
+                settings[key.lower()] = value
+            elif value not in (expected, FORMER_DEFAULTS.get(key)):
+                expected = f"{expected:g}" if isinstance(expected, float) else repr(expected)
+                raise ValueError(
+                    f"MODEL.CROSSKD.{key} is {value!r}, expected one of [{expected}]: it means "
+                    f"nothing for {cls.adapter_class.__name__.removesuffix('Adapter')} detectors"
+                )
+        return settings
 
     def attach(self, adapter: DetectorAdapter) -> None:
         """Takes the student, and then the teacher.

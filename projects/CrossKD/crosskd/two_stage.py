@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from detectron2.structures import Boxes
 from torch import nn
 from torch.nn import functional as F
 
 from plaindet.engine.adapters import RegionPredictions, TwoStageAdapter
-from plaindet.modeling import mean_over_processes
+from plaindet.modeling import Teacher, mean_over_processes
 
 from .alignment import align_features
 from .losses import box_loss, distribution_loss, probability_logits, quality_focal_loss
@@ -32,58 +34,39 @@ class TwoStageCrossKD(CrossKD):
         *,
         position: int = 0,
         strategy: str = "a",
-        cls_loss_type: str = "kl",
+        cls_loss: str = "kl",
         cls_gamma: float = 1.0,
         cls_temperature: float = 1.0,
         cls_weight: float = 0.5,
-        box_loss_type: str = "l1",
+        box_loss: str = "l1",
         box_weight: float = 1.0,
-        **teacher,
+        teacher: Teacher | Callable[[], Teacher] | None = None,
     ):
         """
         Args:
             position: the layer of the box head after which features change the head.
             strategy: "a" or "mimicking", in which the student's own predictions imitate.
-            cls_loss_type: "kl" of the classes and the background with `cls_temperature`, or "qfl"
+            cls_loss: "kl" of the classes and the background with `cls_temperature`, or "qfl"
                 of the probabilities of the classes with `cls_gamma`.
-            box_loss_type: "l1" of the box deltas, or "giou" or "iou" of the decoded boxes.
+            box_loss: "l1" of the box deltas, or "giou" or "iou" of the decoded boxes.
             cls_weight, box_weight: of the distillation losses.
             teacher: see :class:`CrossKD`.
 
         Raises:
             ValueError: an option has an unknown value.
         """
-        super().__init__(**teacher)
+        super().__init__(teacher)
         check_option("CROSSKD.STRATEGY", strategy, ("a", "mimicking"))
-        check_option("CROSSKD.CLS_LOSS", cls_loss_type, ("kl", "qfl"))
-        check_option("CROSSKD.BOX_LOSS", box_loss_type, ("l1", "giou", "iou"))
+        check_option("CROSSKD.CLS_LOSS", cls_loss, ("kl", "qfl"))
+        check_option("CROSSKD.BOX_LOSS", box_loss, ("l1", "giou", "iou"))
         self.position = position
         self.strategy = strategy
-        self.cls_loss_type = cls_loss_type
+        self.cls_loss_type = cls_loss
         self.cls_gamma = cls_gamma
         self.cls_temperature = cls_temperature
         self.cls_weight = cls_weight
-        self.box_loss_type = box_loss_type
+        self.box_loss_type = box_loss
         self.box_weight = box_weight
-
-    @staticmethod
-    def settings(crosskd):
-        # What other detectors have.
-        check_option("CROSSKD.CLS_REGION", crosskd.CLS_REGION, ("all",))
-        check_option("CROSSKD.CENTERNESS_WEIGHT", crosskd.CENTERNESS_WEIGHT, (0,))
-        check_option("CROSSKD.FEATURE_WEIGHT", crosskd.FEATURE_WEIGHT, (0,))
-        check_option("CROSSKD.BOX_TEMPERATURE", crosskd.BOX_TEMPERATURE, (1,))
-        check_option("CROSSKD.QUERIES", crosskd.QUERIES, ("teacher",))
-        return {
-            "position": crosskd.POSITION,
-            "strategy": crosskd.STRATEGY,
-            "cls_loss_type": crosskd.CLS_LOSS,
-            "cls_gamma": crosskd.CLS_GAMMA,
-            "cls_temperature": crosskd.CLS_TEMPERATURE,
-            "cls_weight": crosskd.CLS_WEIGHT,
-            "box_loss_type": crosskd.BOX_LOSS,
-            "box_weight": crosskd.BOX_WEIGHT,
-        }
 
     def check_student(self):
         """

@@ -17,6 +17,7 @@ from torch import nn
 
 from plaindet.modeling import ATSS, FCOS, mean_over_processes
 from plaindet.modeling.atss_assigner import centers_within
+from plaindet.modeling.losses import positives_normalizer
 
 from ..observation import Call, Observer, single
 from .base import DetectorAdapter, Seen, anchor_settings, register_adapter
@@ -217,13 +218,12 @@ class DenseAdapter(DetectorAdapter):
             normalizer = mean_over_processes(centerness.sum()).clamp(min=1)
             return Assignment(positive, torch.ones_like(centerness), normalizer)
         positive = (labels >= 0) & (labels != self.num_classes)
-        normalizer = positive.sum(dim=1).clamp(min=1).sum().float()
         # Positions that only the padding to the size of the batch has do not count.
         all_anchors = Boxes.cat(anchors)
         divisibility = max(self.detector.backbone.size_divisibility, 1)
         inside = [centers_within(all_anchors, size, divisibility) for size in images.image_sizes]
         valid = (labels >= 0) & torch.stack(inside)
-        return Assignment(positive, valid.float(), mean_over_processes(normalizer))
+        return Assignment(positive, valid.float(), positives_normalizer(positive))
 
 
 def _towers(head: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:

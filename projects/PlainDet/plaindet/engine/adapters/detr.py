@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from detectron2.structures import ImageList
 
 from plaindet.modeling import DeformableDETR
 
@@ -37,7 +36,3 @@ class DETRAdapter(DetectorAdapter):
             return SeenTransformer(memory, decoded, single(num_boxes, "num_boxes").output)
 
         return seen
-
-    def encode(self, features: dict[str, torch.Tensor], images: ImageList) -> Memory:
-        """The encoder's output from the backbone's features of some images."""
-        return self.detector.encode(features, images)
