@@ -34,6 +34,7 @@ import labelenc  # noqa: F401
 from plaindet.data import validate_datasets
 from plaindet.engine import (
     METHODS,
+    CompleteCheckpointer,
     PlainCheckpointer,
     PlainTrainer,
     check_datasets,
@@ -45,11 +46,7 @@ from plaindet.engine import (
     supervised_processes,
 )
 from plaindet.engine.checks import thing_classes
-from plaindet.modeling import (
-    CompleteCheckpointer,
-    check_class_names,
-    without_pretrained_weights,
-)
+from plaindet.modeling import check_class_names, without_pretrained_weights
 from plaindet.modeling.class_names import ENTRY as CLASSES
 
 

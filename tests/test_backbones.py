@@ -12,8 +12,7 @@ import yaml
 from detectron2.engine import default_argument_parser
 
 import train_net
-from plaindet.engine import PlainTrainer
-from plaindet.modeling import build_teacher
+from plaindet.engine import PlainTrainer, build_teacher
 
 timm = pytest.importorskip("timm")
 

@@ -10,8 +10,8 @@ from detectron2.utils.events import EventStorage
 
 import train_net
 from labelenc import LabelEnc
-from plaindet.engine import PlainTrainer, plain_cfg
-from plaindet.modeling import DeformableBottleneckBlock, Teacher
+from plaindet.engine import PlainTrainer, Teacher, plain_cfg
+from plaindet.modeling import DeformableBottleneckBlock
 
 FOLDER = Path(train_net.__file__).parent / "configs"
 

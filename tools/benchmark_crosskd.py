@@ -18,8 +18,8 @@ from detectron2.structures import Boxes
 
 import crosskd  # noqa: F401, which registers the method
 from plaindet import read_config
-from plaindet.engine import adapter_of
-from plaindet.modeling import DeformableDETR, Teacher
+from plaindet.engine import Teacher, adapter_of
+from plaindet.modeling import DeformableDETR
 
 from benchmark import CONFIGS, add_arguments, report_training, set_classes
 from benchmark_report import Report

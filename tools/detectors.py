@@ -14,9 +14,9 @@ from detectron2.utils.file_io import PathManager
 import crosskd  # noqa: F401, which registers its method
 import labelenc  # noqa: F401
 from plaindet import read_config
-from plaindet.engine import plain_cfg
+from plaindet.engine import CompleteCheckpointer, plain_cfg
 from plaindet.messages import some_of
-from plaindet.modeling import CompleteCheckpointer, without_pretrained_weights
+from plaindet.modeling import without_pretrained_weights
 
 
 def add_detector_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 
 import train_net
 from crosskd import CrossKD, CrossKDTrainer, DenseCrossKD, TwoStageCrossKD
-from plaindet.modeling import Teacher
+from plaindet.engine import Teacher
 
 FOLDER = Path(train_net.__file__).parent / "configs" / "CrossKD"
 

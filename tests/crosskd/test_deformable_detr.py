@@ -20,8 +20,8 @@ from iteration import (
 
 from crosskd import CrossKDTrainer, DETRCrossKD
 from plaindet.data import register_coco_format
-from plaindet.engine import ending_process_group
-from plaindet.modeling import DeformableDETR, Teacher
+from plaindet.engine import Teacher, ending_process_group
+from plaindet.modeling import DeformableDETR
 from plaindet.modeling.deformable_transformer import Predictions
 
 SMALL = [

@@ -17,8 +17,8 @@ from detectron2.utils.events import EventStorage
 
 import train_net
 from plaindet import read_config
-from plaindet.mmdet_weights import convert_mmdet_weights, find_network
-from plaindet.modeling import build_teacher
+from plaindet.converters.mmdet_weights import convert_mmdet_weights, find_network
+from plaindet.engine import build_teacher
 
 import convert_mmdet
 

@@ -16,8 +16,8 @@ from iteration import (
 from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss
 
+from plaindet.engine import Teacher
 from plaindet.engine.adapters import RegionPredictions
-from plaindet.modeling import Teacher
 
 detectors = pytest.mark.parametrize("detector", ["faster_rcnn", "mask_rcnn"])
 KD = {"loss_kd_cls", "loss_kd_box"}

@@ -6,7 +6,7 @@ from detectron2.modeling import build_model
 from devices import GPU
 from variants import LABELENC, PLAIN, Variant, build_variant, losses_of, make_batch
 
-from plaindet.modeling import Teacher
+from plaindet.engine import Teacher
 
 pytestmark = pytest.mark.cuda
 

@@ -11,7 +11,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from labelenc import LabelMap
-from plaindet.modeling import Teacher
+from plaindet.engine import Teacher
 from plaindet.seeding import seed_everything
 
 DENSE = ("retinanet", "fcos", "gfl", "atss")

@@ -18,7 +18,7 @@ from labelenc import (
     save_step1_file,
 )
 from labelenc.step1_file import labelenc_of
-from plaindet.modeling import Teacher
+from plaindet.engine import Teacher
 
 STEP1 = "quick/retinanet_R_18_labelenc_step1.yaml"
 STEP2 = "quick/retinanet_R_18_labelenc_step2.yaml"

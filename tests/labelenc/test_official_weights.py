@@ -19,12 +19,12 @@ from golden import assert_golden
 from recipe import recipe_tensor
 
 from labelenc import LabelMap, add_labelenc_config, inherit_step1_file
-from labelenc.official_weights import (
+from labelenc.step1_file import write_step1_file
+from plaindet import read_config
+from plaindet.converters.labelenc_weights import (
     convert_official_weights,
     load_official_weights,
 )
-from labelenc.step1_file import write_step1_file
-from plaindet import read_config
 
 import convert_labelenc
 

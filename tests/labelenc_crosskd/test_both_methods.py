@@ -9,8 +9,8 @@ from detectron2.utils.events import EventStorage
 from iteration import check_needs_teacher, check_training_run
 
 from labelenc import LabelEncTrainer
-from plaindet.engine import PlainTrainer, plain_cfg, training_methods
-from plaindet.modeling import GFL, Teacher
+from plaindet.engine import PlainTrainer, Teacher, plain_cfg, training_methods
+from plaindet.modeling import GFL
 
 NAMES = {
     "retinanet": "RetinaNet",

@@ -8,8 +8,7 @@ import torch
 from detectron2.modeling import build_model
 
 from plaindet import config, read_config
-from plaindet.engine import write_plain_config
-from plaindet.modeling import build_teacher
+from plaindet.engine import build_teacher, write_plain_config
 
 TEACHER = "MODEL:\n  CROSSKD:\n    TEACHER:\n"
 

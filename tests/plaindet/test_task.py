@@ -14,8 +14,7 @@ from detectron2.utils.events import EventStorage
 from crosskd import DenseCrossKD, TwoStageCrossKD
 from labelenc import LabelEnc, LabelMap
 from plaindet import config, register_config
-from plaindet.engine import PlainTrainer, TrainingTask
-from plaindet.modeling import Teacher
+from plaindet.engine import PlainTrainer, Teacher, TrainingTask
 from plaindet.seeding import seed_everything
 
 BASELINE = "quick/retinanet_R_18_baseline.yaml"

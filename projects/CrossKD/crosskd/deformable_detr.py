@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torchvision.ops import box_convert
 
+from plaindet.engine import Teacher
 from plaindet.engine.adapters import DETRAdapter
-from plaindet.modeling import Teacher
 
 from .losses import box_loss, quality_focal_loss
 from .method import CrossKD, check_equal, check_option

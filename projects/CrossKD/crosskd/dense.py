@@ -9,8 +9,9 @@ from detectron2.structures import Boxes
 from torch import nn
 from torch.nn import functional as F
 
+from plaindet.engine import Teacher
 from plaindet.engine.adapters import Assignment, DenseAdapter, Predictions, TowerFeatures
-from plaindet.modeling import Teacher, mean_over_processes
+from plaindet.modeling import mean_over_processes
 
 from .alignment import align_features
 from .losses import box_loss, distribution_loss, feature_loss, quality_focal_loss

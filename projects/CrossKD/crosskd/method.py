@@ -9,8 +9,14 @@ from functools import partial
 import torch
 from detectron2.config import CfgNode
 
-from plaindet.engine import DetectorAdapter, Method, adapter_of, check_teacher_classes
-from plaindet.modeling import Teacher, build_teacher
+from plaindet.engine import (
+    DetectorAdapter,
+    Method,
+    Teacher,
+    adapter_of,
+    build_teacher,
+    check_teacher_classes,
+)
 
 from .config import add_crosskd_config
 

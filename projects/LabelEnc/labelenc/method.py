@@ -17,8 +17,15 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from plaindet.engine import DetectorAdapter, Method, Seen, check_teacher_classes, register_method
-from plaindet.modeling import Teacher, build_teacher
+from plaindet.engine import (
+    DetectorAdapter,
+    Method,
+    Seen,
+    Teacher,
+    build_teacher,
+    check_teacher_classes,
+    register_method,
+)
 
 from .config import add_labelenc_config
 from .dataset_mapper import LabelMaps

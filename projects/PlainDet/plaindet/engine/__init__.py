@@ -1,7 +1,12 @@
 from .adapters import DetectorAdapter, Seen, adapter_of, register_adapter
-from .best import BestCheckpointer
 from .build import SHORT_NAMES, build_task, former_base, plain_cfg, training_methods
-from .checkpointer import PlainCheckpointer
+from .checkpoints import (
+    BestCheckpointer,
+    ExactResume,
+    PlainCheckpointer,
+    is_training_only,
+    keep_training_only,
+)
 from .checks import (
     check_datasets,
     check_device,
@@ -16,7 +21,6 @@ from .method import METHODS, Method, register_method
 from .optimizer import build_optimizer
 from .plain_config import write_plain_config
 from .preemption import PREEMPTED, Preemption, ending_process_group, supervised_processes
-from .resume import ExactResume
 from .task import TrainingTask
+from .teacher import CompleteCheckpointer, Teacher, build_teacher
 from .trainer import PlainTrainer
-from .training_only import is_training_only, keep_training_only

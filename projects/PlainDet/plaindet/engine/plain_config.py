@@ -9,9 +9,9 @@ from torch import nn
 from plaindet.config import add_plaindet_config, add_registered_configs
 from plaindet.files import write_atomically
 from plaindet.modeling import without_pretrained_weights
-from plaindet.modeling.teacher import PLAIN_CONFIG
 
 from .build import plain_cfg
+from .teacher import PLAIN_CONFIG
 
 
 def write_plain_config(cfg: CfgNode, model: nn.Module) -> None:

@@ -11,8 +11,8 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import nn
 
 from .adapters import adapter_of
+from .checkpoints.training_only import TrainingOnly, is_training_only
 from .method import Method
-from .training_only import TrainingOnly, is_training_only
 
 logger = logging.getLogger(__name__)
 

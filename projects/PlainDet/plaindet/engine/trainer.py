@@ -35,7 +35,8 @@ from plaindet.data import (
 from plaindet.signals import ignore_preemption
 
 from .build import build_task, training_methods
-from .checkpointer import PlainCheckpointer
+from .checkpoints import ExactResume, PlainCheckpointer
+from .checkpoints.training_only import NAME as TRAINING_ONLY
 from .checks import check_datasets, check_device, check_equal_classes, check_num_classes
 from .evaluation import build_evaluator
 from .finite import FiniteLosses
@@ -44,9 +45,7 @@ from .method import method_class
 from .optimizer import build_optimizer
 from .plain_config import write_plain_config
 from .preemption import Preemption
-from .resume import ExactResume
 from .task import TrainingTask
-from .training_only import NAME as TRAINING_ONLY
 
 logger = logging.getLogger(__name__)
 

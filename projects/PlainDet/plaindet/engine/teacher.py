@@ -13,9 +13,8 @@ from torch import nn
 from plaindet.config import merge_config
 from plaindet.loading import SafeCheckpointer
 from plaindet.messages import some_of
-
-from .class_names import ENTRY as CLASSES
-from .timm_weights import without_pretrained_weights
+from plaindet.modeling import without_pretrained_weights
+from plaindet.modeling.class_names import ENTRY as CLASSES
 
 # What a run writes into its folder.
 PLAIN_CONFIG = "plain_config.yaml"
