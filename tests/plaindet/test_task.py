@@ -253,3 +253,19 @@ def test_unknown_method(make_cfg):
     cfg = make_cfg(BASELINE, "MODEL.TRAINING_METHODS", "('LabelDec',)")
     with pytest.raises(ValueError, match="names 'LabelDec', expected some of .*'LabelEnc'"):
         PlainTrainer(cfg)
+
+
+def test_resuming_under_the_plain_name(make_cfg):
+    """A run of a short name goes on as the plain detector with its methods."""
+    options = ("SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", "1")
+    cfg = make_cfg("quick/retinanet_R_18_labelenc_step1.yaml", *options)
+    PlainTrainer(cfg).train()
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.TRAINING_METHODS = "RetinaNet", ("LabelEnc",)
+    cfg.SOLVER.MAX_ITER = 3
+    trainer = PlainTrainer(cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 2
+    trainer.train()
+    cfg.MODEL.META_ARCHITECTURE = "FCOS"
+    with pytest.raises(ValueError, match="META_ARCHITECTURE was 'RetinaNet' and is 'FCOS'"):
+        PlainTrainer(cfg).resume_or_load(resume=True)
