@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains and evaluates a detector from a config: plain, with LabelEnc, with CrossKD, or with both.
+"""Trains and evaluates a detector from a config, plain or with training methods.
 
 python train_net.py --config-file configs/... [--num-gpus N] [--resume] [KEY VALUE ...]
 
@@ -25,15 +25,16 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from crosskd import CrossKDDistiller, CrossKDTrainer, add_crosskd_config
-from labelenc import LabelEncDetector, LabelEncTrainer, add_labelenc_config
-from labelenc_crosskd import LabelEncCrossKDDetector, LabelEncCrossKDTrainer
+import crosskd  # noqa: F401, the methods of this project, which it registers
+import labelenc  # noqa: F401
 from plaindet.data import validate_datasets
 from plaindet.engine import (
+    METHODS,
+    CompleteCheckpointer,
     PlainCheckpointer,
     PlainTrainer,
     check_datasets,
@@ -41,55 +42,36 @@ from plaindet.engine import (
     check_equal_classes,
     check_num_classes,
     ending_process_group,
+    plain_cfg,
     supervised_processes,
 )
 from plaindet.engine.checks import thing_classes
-from plaindet.modeling import (
-    CompleteCheckpointer,
-    check_class_names,
-    without_pretrained_weights,
-)
+from plaindet.modeling import check_class_names, without_pretrained_weights
 from plaindet.modeling.class_names import ENTRY as CLASSES
-
-# The keys of the methods.
-ADD_CONFIGS = (add_labelenc_config, add_crosskd_config)
 
 
 def setup(args) -> CfgNode:
     """The config of the command line, with its data sets registered."""
-    cfg = read_config(args.config_file, args.opts, ADD_CONFIGS)
+    cfg = read_config(args.config_file, args.opts)
     cfg.freeze()
     if args.num_gpus > 1 and cfg.MODEL.DEVICE == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // args.num_gpus))
     default_setup(cfg, args)  # which sets up the loggers of Detectron2 alone
-    for package in ("plaindet", "labelenc", "crosskd"):
+    for package in {"plaindet", *(method.__module__.split(".")[0] for _, method in METHODS)}:
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=package)
     return cfg
-
-
-def trainer_class(cfg: CfgNode) -> type[PlainTrainer]:
-    """The trainer of the config's meta-architecture."""
-    meta_architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    if issubclass(meta_architecture, LabelEncCrossKDDetector):
-        return LabelEncCrossKDTrainer
-    if issubclass(meta_architecture, LabelEncDetector):
-        return LabelEncTrainer
-    if issubclass(meta_architecture, CrossKDDistiller):
-        return CrossKDTrainer
-    return PlainTrainer
 
 
 @ending_process_group()
 def main(args):
     cfg = setup(args)
-    Trainer = trainer_class(cfg)
     if args.eval_only:
         check_device(cfg)
         check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
         validate_datasets(cfg, cfg.DATASETS.TEST)
         check_equal_classes(cfg.DATASETS.TEST)
         # Not the trainer's, which may need a teacher and pretrained weights.
-        model = build_model(without_pretrained_weights(cfg))
+        model = build_model(without_pretrained_weights(plain_cfg(cfg)))
         check_num_classes(model, cfg.DATASETS.TEST)
         checkpointer = PlainCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
         resume = args.resume and checkpointer.has_checkpoint()
@@ -100,11 +82,11 @@ def main(args):
         for name in cfg.DATASETS.TEST:
             classes = checkpoint.get(CLASSES)
             check_class_names(weights, classes, name, thing_classes(name))
-        results = Trainer.test(cfg, model)
+        results = PlainTrainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
-    trainer = Trainer(cfg)
+    trainer = PlainTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 

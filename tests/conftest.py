@@ -11,8 +11,8 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-import train_net
-from labelenc.step1_file import save_step1_file
+import train_net  # noqa: F401, which registers the methods
+from labelenc import save_step1_file
 from plaindet import read_config
 from plaindet.data import find_coco_folder, register_coco_format
 
@@ -108,7 +108,7 @@ def read_cfg():
     """Returns a function that reads a file below configs/."""
 
     def read(config_file):
-        return read_config(REPOSITORY / "configs" / config_file, (), train_net.ADD_CONFIGS)
+        return read_config(REPOSITORY / "configs" / config_file)
 
     return read
 

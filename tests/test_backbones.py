@@ -12,7 +12,7 @@ import yaml
 from detectron2.engine import default_argument_parser
 
 import train_net
-from plaindet.modeling import build_teacher
+from plaindet.engine import PlainTrainer, build_teacher
 
 timm = pytest.importorskip("timm")
 
@@ -86,13 +86,11 @@ def train(cfg):
 
 
 def _train(cfg):
-    trainer = train_net.trainer_class(cfg)(cfg)
+    trainer = PlainTrainer(cfg)
     trainer.resume_or_load(resume=False)
     before = {key: value.clone() for key, value in trainer.plain_model.state_dict().items()}
     trainer.train()
-    unused = [
-        n for n, p in trainer.plain_model.named_parameters() if p.requires_grad and p.grad is None
-    ]
+    unused = [n for n, p in trainer.task.named_parameters() if p.requires_grad and p.grad is None]
     assert unused == []  # of which DistributedDataParallel would complain
     after = trainer.plain_model.state_dict()
     assert before.keys() == after.keys()
@@ -152,7 +150,7 @@ def test_teacher_with_other_strides(run_cfg):
         teacher_options(run_cfg("crosskd", "vit_tiny_patch16_224"), "vit_tiny_patch16_224")
     )
     with pytest.raises(ValueError, match="strides"):
-        train_net.trainer_class(cfg)(cfg)
+        PlainTrainer(cfg)
 
 
 def test_weights_are_loaded_for_training_alone(run_cfg, tmp_path):

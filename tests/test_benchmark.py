@@ -92,7 +92,7 @@ def test_labelenc(run, monkeypatch):
     assert f"{label_map:.1f} MiB sparse, {label_map / 3 * 20:.1f} MiB dense" in printed
 
     # The phases are those of a training: L3 is on or off, and off it leaves the adapter alone.
-    trained = [model for model in models if hasattr(model, "distance_enabled")][:3]
+    trained = [model.methods[0] for model in models if hasattr(model, "distance_enabled")][:3]
     assert [(m.step, m.distance_enabled) for m in trained] == [(1, False), (2, True), (2, False)]
     moved = [[p.grad is not None for p in m.feature_adapter.parameters()] for m in trained]
     assert [all(x) for x in moved] == [any(x) for x in moved] == [False, True, False]

@@ -24,7 +24,7 @@ from plaindet.export import export_onnx
 REPOSITORY = Path(__file__).parent.parent
 READMES = [
     REPOSITORY / "README.md",
-    *sorted((REPOSITORY / "projects").glob("*/README.md")),
+    *sorted((REPOSITORY / "projects").glob("**/README.md")),
     *sorted((REPOSITORY / "docs").glob("*/README.md")),
 ]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -36,27 +36,23 @@ SNIPPETS = [
 # What the snippets in Python and yaml are known by.
 RESULT = '\ncfg = get_cfg()\ncfg.merge_from_file("output/my_run/plain_config.yaml'
 RESULT_OF_PLAINDET = 'add_plaindet_config(cfg)\ncfg.merge_from_file("output/my_run'
-OWN_PROJECT = "trainer = LabelEncTrainer(cfg)"
+OWN_PROJECT = "trainer = PlainTrainer(cfg)"
 OWN_TRAINER = "inherit_step1_file(trainer.checkpointer.model"
-OWN_TRAINER_WITH_CROSSKD = "model.set_teacher(build_teacher("
+OWN_TRAINER_WITH_CROSSKD = "import crosskd  # which registers"
 OWN_KEYS = "register_config(add_my_config)"
-OWN_DETECTORS = [
-    "class LabelEncMyDetector(LabelEncDetector, MyDetector)",
-    "class CrossKDMyDetector(CrossKDDetector, MyDetector)",
-    "class LabelEncCrossKDMyDetector(",
-]
+OWN_ADAPTER = "@register_adapter(MyDetector)"
+OWN_METHOD = "class FeatureImitation(Method)"
+TASK = "task = TrainingTask(build_model(cfg)"
 REPLAY = 'replay["batch"]'
-BOTH_METHODS = "META_ARCHITECTURE: LabelEncCrossKDGFL"
+BOTH_METHODS = 'TRAINING_METHODS: ("LabelEnc", "CrossKD")'
 OWN_BACKBONE = "NAME: convnext_tiny"
 ONNX = 'InferenceSession("detector.onnx")'
 OTHERS = [RESULT, RESULT_OF_PLAINDET, OWN_PROJECT, OWN_TRAINER, OWN_TRAINER_WITH_CROSSKD, OWN_KEYS]
-OTHERS += [*OWN_DETECTORS, REPLAY, BOTH_METHODS, OWN_BACKBONE, ONNX]
+OTHERS += [OWN_ADAPTER, OWN_METHOD, TASK, REPLAY, BOTH_METHODS, OWN_BACKBONE, ONNX]
 
 MY_PROJECT = """
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
-from crosskd import CrossKDRetinaNet as CrossKDMyDetector
-from labelenc import LabelEncRetinaNet as LabelEncMyDetector
 
 @META_ARCH_REGISTRY.register()
 class MyDetector(RetinaNet):
@@ -137,7 +133,7 @@ def workspace(tmp_path_factory, tiny_data):
     shutil.copy(folder / "cells" / "val" / "1.png", folder / "image.jpg")
     (folder / "my_project.py").write_text(MY_PROJECT)
     (folder / "my_retinanet.yaml").write_text(
-        "_BASE_: configs/quick/retinanet_R_18_labelenc_step1.yaml\n"
+        "_BASE_: configs/quick/retinanet_R_18_baseline.yaml\n"
     )
     (folder / "bin").mkdir()
     tools = [f"tools/{name}.py" for name in ("train_net", "visualize_features")]
@@ -231,7 +227,7 @@ def test_shell(run, make_cfg, workspace, monkeypatch, code):
         monkeypatch.chdir(workspace)
         for line in commands.read_text().splitlines():
             args = train_net.default_argument_parser().parse_args(json.loads(line))
-            train_net.read_config(args.config_file, args.opts, train_net.ADD_CONFIGS)
+            train_net.read_config(args.config_file, args.opts)
         commands.unlink()
 
 
@@ -344,9 +340,22 @@ def test_keys_of_a_project(run_python, run, workspace):
     assert "MY_DETECTOR:\n    WIDTH: 32" in text
 
 
-@pytest.mark.parametrize("text", OWN_DETECTORS)
-def test_another_detector(run_python, text):
+@pytest.mark.parametrize("text", [OWN_ADAPTER, TASK])
+def test_parts_of_a_task(run_python, text):
     run_python(snippet(text))
+
+
+def test_own_method(run_python, run, make_cfg, workspace):
+    """In one file of at most 60 lines, without an edit elsewhere."""
+    save_run(make_cfg, workspace, "retinanet", "my_teacher")
+    code = snippet(OWN_METHOD)
+    assert code.count("\n") <= 60
+    (workspace / "my_method.py").write_text(code)
+    command = next(x for x in BASH if "FeatureImitation" in x)
+    run(["bash", "-ec", command])
+    (log,) = workspace.glob("output/quick/retinanet_R_18_baseline/metrics.json")
+    assert '"loss_imitation"' in log.read_text()
+    assert "META_ARCHITECTURE: RetinaNet" in (log.parent / "plain_config.yaml").read_text()
 
 
 def test_replay(run_python, make_cfg, workspace):

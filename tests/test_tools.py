@@ -254,7 +254,7 @@ def test_visualize_distillation(runs, call, tmp_path):
     assert len(rows) == 2
     assert all([t for t, _ in row] == ["ground truth", "baseline", "ours"] for row in rows)
 
-    cfg = read_config(runs / "baseline.yaml", low, train_net.ADD_CONFIGS)
+    cfg = read_config(runs / "baseline.yaml", low)
     cfg.MODEL.WEIGHTS = str(runs / "baseline.pth")
     file = DatasetCatalog.get("tiny_val")[0]["file_name"]
     bgr = cv2.imread(file)

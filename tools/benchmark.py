@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from labelenc import LabelEncHook, LabelEncoder, LabelMap, add_labelenc_config
+from labelenc import LabelEncHook, LabelEncoder, LabelMap
 from plaindet import read_config
 
 from benchmark_measure import measure_memory, measure_seconds, release
@@ -86,7 +86,7 @@ def parse_args():
 
 def build(args, detector, step):
     """The plain detector, or the one of a step of LabelEnc, and its config."""
-    cfg = read_config(CONFIGS / PLAIN_CONFIG.format(detector), (), [add_labelenc_config])
+    cfg = read_config(CONFIGS / PLAIN_CONFIG.format(detector))
     if step is not None:
         cfg.MODEL.META_ARCHITECTURE = "LabelEnc" + cfg.MODEL.META_ARCHITECTURE
         cfg.MODEL.LABELENC.STEP = step

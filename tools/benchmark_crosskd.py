@@ -14,12 +14,12 @@ import functools
 
 import torch
 from detectron2.modeling import GeneralizedRCNN
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes
 
-from crosskd import add_crosskd_config
-from crosskd.box_head import region_features, region_predictions
+import crosskd  # noqa: F401, which registers the method
 from plaindet import read_config
-from plaindet.modeling import DeformableDETR, Teacher
+from plaindet.engine import Teacher, adapter_of
+from plaindet.modeling import DeformableDETR
 
 from benchmark import CONFIGS, add_arguments, report_training, set_classes
 from benchmark_report import Report
@@ -49,7 +49,7 @@ def parse_args():
 
 def build(args, detector, depth, plain=True):
     """The model of the COCO config of a detector, with a ResNet of another depth."""
-    cfg = read_config(CONFIGS / CONFIG_FILES[detector], (), [add_crosskd_config])
+    cfg = read_config(CONFIGS / CONFIG_FILES[detector])
     cfg.MODEL.RESNETS.DEPTH = depth
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64 if depth < 50 else 256
     set_classes(args, cfg)
@@ -83,11 +83,12 @@ def teacher_step(args, detector):
     teacher, cfg = build_teacher(args, detector)
     model, batch = teacher.model, make_batch(args)
     if isinstance(model, GeneralizedRCNN):
+        adapter, position = adapter_of(model), cfg.MODEL.CROSSKD.POSITION
         regions = make_regions(args, cfg)
 
         def predict(features):
-            pooled = region_features(model.roi_heads, features, regions, cfg.MODEL.CROSSKD.POSITION)
-            region_predictions(model.roi_heads, pooled, cfg.MODEL.CROSSKD.POSITION)
+            pooled = adapter.region_features(features, regions, position)
+            adapter.predictions_from(pooled, position)
 
     elif isinstance(model, DeformableDETR):
         images = model.preprocess_image(batch)
@@ -116,7 +117,7 @@ def make_regions(args, cfg):
     for _ in range(args.images):
         points = torch.rand(cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE, 2, 2, generator=generator)
         corners = (points * extent).sort(dim=1).values.flatten(1)
-        regions.append(Instances(tuple(args.size), proposal_boxes=Boxes(corners.to(args.device))))
+        regions.append(Boxes(corners.to(args.device)))
     return regions
 
 

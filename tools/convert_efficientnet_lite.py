@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
+from plaindet.converters.key_layout import rename_keys
 from plaindet.files import write_atomically
-from plaindet.key_layout import rename_keys
 from plaindet.loading import load_tensors
 from plaindet.modeling.timm_weights import create_without_data
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import yaml
 
-from labelenc.official_weights import (
+from labelenc.step1_file import write_step1_file
+from plaindet.converters.labelenc_weights import (
     DIFFERENCES,
     FASTER_RCNN,
     FCOS_KINDS,
@@ -27,7 +28,6 @@ from labelenc.official_weights import (
     load_official_weights,
     official_config,
 )
-from labelenc.step1_file import write_step1_file
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "LabelEnc"
 STEP2_CONFIGS = {

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from plaindet.mmdet_weights import (
+from plaindet.converters.mmdet_weights import (
     ATSS,
     DIFFERENCES,
     FCOS,

@@ -11,11 +11,12 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
-from crosskd import add_crosskd_config
-from labelenc import add_labelenc_config
+import crosskd  # noqa: F401, which registers its method
+import labelenc  # noqa: F401
 from plaindet import read_config
+from plaindet.engine import CompleteCheckpointer, plain_cfg
 from plaindet.messages import some_of
-from plaindet.modeling import CompleteCheckpointer, without_pretrained_weights
+from plaindet.modeling import without_pretrained_weights
 
 
 def add_detector_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +57,7 @@ def parse_weights(argument: str) -> tuple[str, str | None, str]:
 
 def read_cfg(config_file: str, opts: list[str]) -> CfgNode:
     """The config, on the CPU where there is no GPU."""
-    cfg = read_config(config_file, opts, [add_labelenc_config, add_crosskd_config])
+    cfg = read_config(config_file, opts)
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     return cfg
@@ -70,7 +71,7 @@ def load_model(cfg: CfgNode, weights: str) -> tuple[torch.nn.Module, dict]:
         ValueError: it is not a checkpoint of this config.
     """
     check_file(weights)
-    model = build_model(without_pretrained_weights(cfg)).eval()
+    model = build_model(without_pretrained_weights(plain_cfg(cfg))).eval()
     return model, CompleteCheckpointer(model).load(weights)
 
 

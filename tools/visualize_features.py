@@ -49,9 +49,10 @@ def parse_args():
 
 def find_label_encoder(content: dict) -> dict[str, torch.Tensor] | None:
     """The state dict of the label encoder in the content of a step-1 file or of a checkpoint."""
-    prefix = "label_encoder."
     training_only = content.get("training_only", {}).items()
-    state = {key[len(prefix) :]: value for key, value in training_only if key.startswith(prefix)}
+    keys = ((key.removeprefix("LabelEnc."), value) for key, value in training_only)
+    prefix = "label_encoder."
+    state = {key[len(prefix) :]: value for key, value in keys if key.startswith(prefix)}
     return content.get("label_encoder") or state or None
 
 

@@ -10,12 +10,19 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.analysis import find_unused_parameters
 from detectron2.utils.events import EventStorage
 
+from labelenc import LabelMap
 from plaindet import add_plaindet_config
 
 
 def losses_of(trainer):
     with EventStorage():
         return trainer.model(next(iter(trainer.data_loader)))
+
+
+def method_of(task):
+    """The method of a task, CrossKD or LabelEnc, which is the only one."""
+    (method,) = task.methods
+    return method
 
 
 def with_gradient(model, losses):
@@ -30,8 +37,9 @@ def check_needs_teacher(model):
     instances = Instances(
         (128, 128), gt_boxes=Boxes([[8, 8, 40, 40]]), gt_classes=torch.tensor([0])
     )
-    batch = [{"image": torch.zeros(3, 128, 128), "instances": instances}]
-    message = f"{type(model).__name__} trains with a teacher: call set_teacher"
+    label_map = LabelMap.from_boxes(instances.gt_boxes, instances.gt_classes, (128, 128))
+    batch = [{"image": torch.zeros(3, 128, 128), "instances": instances, "label_map": label_map}]
+    message = "CrossKD trains with a teacher: call set_teacher"
     with EventStorage(), pytest.raises(RuntimeError, match=message):
         model.train()(batch)
 
@@ -53,7 +61,7 @@ def check_training_run(trainer, plain_class, prepare=lambda model: None):
         unused = find_unused_parameters(trainer.model, next(iter(trainer.data_loader)))
     assert not {n for n, p in trainer.model.named_parameters() if p.requires_grad} & set(unused)
     trainer.train()
-    teacher = trainer.model.teacher.model
+    teacher = trainer.task.training_only["CrossKD"].teacher.model
     assert all(torch.equal(value, saved[key]) for key, value in teacher.state_dict().items())
     assert not any(module.training for module in teacher.modules())
 
@@ -67,7 +75,7 @@ def check_training_run(trainer, plain_class, prepare=lambda model: None):
     assert type(plain) is plain_class
     plain.load_state_dict(checkpoint["model"], strict=True)
     batch, found = [{"image": torch.rand(3, 64, 80) * 255}], []
-    for model in (plain.eval(), trainer.model.eval()):
+    for model in (plain.eval(), trainer.plain_model.eval()):
         prepare(model)
         found.append(model(batch)[0]["instances"].get_fields())
     assert found[0].keys() == found[1].keys()

@@ -1,5 +1,6 @@
 """The configs of CrossKD for COCO: their numbers, and a training iteration of each."""
 
+import inspect
 import os
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 import train_net
-from crosskd import CrossKDTrainer
-from plaindet.modeling import Teacher
+from crosskd import CrossKD, CrossKDTrainer, DenseCrossKD, TwoStageCrossKD
+from plaindet.engine import Teacher
 
 FOLDER = Path(train_net.__file__).parent / "configs" / "CrossKD"
 
@@ -59,6 +60,21 @@ TABLES = {  # 1 and 4 of the supplement
 VARIANTS.update({f"gfl_R_18_FPN_from_R_50_{ending}": keys for ending, keys in TABLES.items()})
 
 
+def options_of(method, crosskd):
+    """What the method gets, with its own defaults."""
+    defaults = {key: x.default for key, x in inspect.signature(method).parameters.items()}
+    return {**defaults, **method.settings(crosskd)}
+
+
+@pytest.mark.parametrize("method", CrossKD.__subclasses__())
+def test_defaults(read_cfg, method):
+    """Those of the config are the constructor's, or none."""
+    crosskd = read_cfg("quick/retinanet_R_18_baseline.yaml").MODEL.CROSSKD
+    for key, parameter in inspect.signature(method).parameters.items():
+        if key != "teacher" and crosskd[key.upper()] is not None:
+            assert crosskd[key.upper()] == parameter.default, key
+
+
 def test_every_config_is_in_the_table():
     found = {path.stem for path in FOLDER.glob("*.yaml")}
     # Of test_deformable_detr.py.
@@ -85,21 +101,23 @@ def test_variants(read_cfg, name):
 def test_settings_of_the_official_code(read_cfg, name):
     cfg, detector = read_cfg(f"CrossKD/{name}.yaml"), name.partition("_")[0]
     solver, crosskd = cfg.SOLVER, cfg.MODEL.CROSSKD
+    method = TwoStageCrossKD if detector in ("faster", "mask") else DenseCrossKD
+    options = options_of(method, crosskd)
     (steps, max_iter), teacher = SCHEDULE[name]
     assert (solver.STEPS, solver.MAX_ITER, solver.IMS_PER_BATCH) == (steps, max_iter, 16)
     is_rcnn = detector in ("faster", "mask")
     base_lr = 0.02 if is_rcnn else 0.01
     assert (solver.BASE_LR, solver.WARMUP_ITERS, solver.WEIGHT_DECAY) == (base_lr, 500, 1e-4)
     assert LOSSES[detector] == (
-        crosskd.POSITION,
-        crosskd.BOX_LOSS,
-        crosskd.BOX_WEIGHT,
-        crosskd.CLS_WEIGHT,
-        crosskd.CENTERNESS_WEIGHT,
+        options["position"],
+        options["box_loss"],
+        options["box_weight"],
+        options["cls_weight"],
+        options.get("centerness_weight", 0),
     )
     cls_loss = "kl" if is_rcnn else "qfl"
-    assert (crosskd.STRATEGY, crosskd.CLS_LOSS, crosskd.CLS_GAMMA) == ("a", cls_loss, 1)
-    assert crosskd.CLS_TEMPERATURE == 1
+    assert [options[x] for x in ("strategy", "cls_loss", "cls_gamma")] == ["a", cls_loss, 1]
+    assert options.get("cls_temperature", 1) == 1
     if is_rcnn:  # which is trained here
         expected = FOLDER.parent / "PlainDet" / f"{teacher}.yaml"
         assert os.path.samefile(crosskd.TEACHER.CONFIG_FILE, expected)
@@ -139,9 +157,8 @@ def test_settings_of_the_official_code(read_cfg, name):
 def test_one_iteration(make_cfg, name):
     """At a small size, without pretrained weights, with a teacher like the student."""
     cfg = make_cfg(f"CrossKD/{name}.yaml")
-    assert train_net.trainer_class(cfg) is CrossKDTrainer
     student = build_model(cfg).train()
-    cfg.MODEL.META_ARCHITECTURE = student.plain_class().__name__
+    cfg.MODEL.META_ARCHITECTURE = type(student.detector).__name__
     student.set_teacher(Teacher(build_model(cfg), cfg.INPUT.FORMAT))
     batch = next(iter(CrossKDTrainer.build_train_loader(cfg)))
     with EventStorage():

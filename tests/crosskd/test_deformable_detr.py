@@ -10,13 +10,18 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.analysis import find_unused_parameters
 from detectron2.utils.events import EventStorage
-from iteration import check_needs_teacher, check_training_run, losses_of, with_gradient
+from iteration import (
+    check_needs_teacher,
+    check_training_run,
+    losses_of,
+    method_of,
+    with_gradient,
+)
 
-import train_net
-from crosskd import CrossKDTrainer
+from crosskd import CrossKDTrainer, DETRCrossKD
 from plaindet.data import register_coco_format
-from plaindet.engine import ending_process_group
-from plaindet.modeling import DeformableDETR, Teacher
+from plaindet.engine import Teacher, ending_process_group
+from plaindet.modeling import DeformableDETR
 from plaindet.modeling.deformable_transformer import Predictions
 
 SMALL = [
@@ -67,7 +72,7 @@ def test_gradient_of_distillation(make_trainer, queries):
     The student's queries take it to the layers that make them: not to the last one, nor to the
     predictors."""
     trainer = make_trainer("MODEL.CROSSKD.QUERIES", queries)
-    model, losses = trainer.model, losses_of(trainer)
+    model, losses = trainer.plain_model, losses_of(trainer)
     names = [name + suffix for name in KD for suffix in SUFFIXES]
     assert set(names) == {name for name in losses if name.startswith("loss_kd")}
     distilled = with_gradient(model, [losses[name] for name in names])
@@ -97,7 +102,8 @@ def test_teacher_that_is_the_student(make_trainer, queries, two_stage):
         *same,
         teacher=same,
     )
-    trainer.model.load_state_dict(trainer.model.teacher.model.state_dict())
+    teacher = method_of(trainer.task).teacher.model
+    trainer.plain_model.load_state_dict(teacher.state_dict())
     losses = losses_of(trainer)
     for name in KD:
         for suffix in SUFFIXES:
@@ -107,7 +113,7 @@ def test_teacher_that_is_the_student(make_trainer, queries, two_stage):
 def test_detection_losses_are_the_plain_detector_s(make_trainer, make_cfg):
     trainer = make_trainer()
     plain = build_model(make_cfg("quick/deformable_detr_R_18_baseline.yaml", *SMALL)).train()
-    plain.load_state_dict(trainer.model.state_dict(), strict=True)
+    plain.load_state_dict(trainer.plain_model.state_dict(), strict=True)
     batch = next(iter(trainer.data_loader))
     with EventStorage():
         losses, expected = trainer.model(batch), plain(batch)
@@ -120,10 +126,11 @@ def test_detection_losses_are_the_plain_detector_s(make_trainer, make_cfg):
 def test_layers_read_the_other_memory(make_trainer, queries):
     """The cross-head predictions and their targets, with the library's decoder layers alone."""
     trainer = make_trainer("MODEL.CROSSKD.QUERIES", queries)
-    model, teacher = trainer.model.eval(), trainer.model.teacher.model
+    method, model = method_of(trainer.task), trainer.plain_model
+    teacher, task = method.teacher.model, trainer.task.eval()
     batch = next(iter(trainer.data_loader))
     calls = []
-    model.distillation_losses = lambda *arguments: calls.append(arguments) or {}
+    method.distillation_losses = lambda *arguments: calls.append(arguments) or {}
     with torch.no_grad():
         images = model.preprocess_image(batch)
         memory, teacher_memory = (
@@ -154,9 +161,9 @@ def test_layers_read_the_other_memory(make_trainer, queries):
                 outputs.append((output, x.transformer.class_embed[i](output), boxes.sigmoid()))
             (hidden, _, reference), *both = outputs
             expected.append(both)
-        for module in (model, model.transformer):
+        for module in (task, model, model.transformer):
             module.training = True  # not the norms
-        model(batch)
+        task(batch)
     cross_head, target, _ = calls[0]
     for i, both in enumerate(expected):
         for predictions, (_, logits, boxes) in zip((cross_head[i], target[i]), both):
@@ -170,14 +177,15 @@ def test_layers_read_the_other_memory(make_trainer, queries):
 def test_losses_in_closed_form(make_trainer):
     """One query, two classes, two layers: BCE to the teacher's probabilities; L1 of centre and size
     and GIoU, both times the highest of the probabilities; the weights of detection."""
-    model = make_trainer("MODEL.CROSSKD.CLS_WEIGHT", "3.0", "MODEL.CROSSKD.BOX_WEIGHT", "0.5").model
+    options = ("MODEL.CROSSKD.CLS_WEIGHT", "3.0", "MODEL.CROSSKD.BOX_WEIGHT", "0.5")
+    method = method_of(make_trainer(*options).task)
     found = Predictions(
         torch.tensor([[[0.5, 0.25]]]).logit(), torch.tensor([[[0.5, 0.5, 0.4, 0.2]]])
     )
     target = Predictions(
         torch.tensor([[[0.8, 0.1]]]).logit(), torch.tensor([[[0.5, 0.6, 0.2, 0.2]]])
     )
-    losses = model.distillation_losses([found, target], [target, target], torch.tensor(2.0))
+    losses = method.distillation_losses([found, target], [target, target], torch.tensor(2.0))
     entropy = -math.log(0.5) - 0.1 * math.log(0.25) - 0.9 * math.log(0.75)
     assert losses["loss_kd_cls_0"].item() == pytest.approx(3 * entropy / 2)
     assert losses["loss_kd_box_0"].item() == pytest.approx(0.5 * 5 * 0.3 * 0.8 / 2)
@@ -234,16 +242,17 @@ def test_transformers_of_another_width(make_trainer, queries):
     trainer = make_trainer(
         *("MODEL.CROSSKD.QUERIES", queries), teacher=["MODEL.DEFORMABLE_DETR.HIDDEN_DIM", "64"]
     )
-    before = {k: v.clone() for k, v in trainer.model.training_only.state_dict().items()}
+    method = method_of(trainer.task)
+    before = {k: v.clone() for k, v in method.state_dict().items()}
     names = {"memory"} if queries == "teacher" else {"memory", "queries", "positions"}
     assert {key.split(".")[0] for key in before} == names
     assert before["memory.weight"].shape == (64, 32)
     with EventStorage():
         assert not find_unused_parameters(trainer.model, next(iter(trainer.data_loader)))
     trainer.train()
-    after = trainer.model.training_only.state_dict()
+    after = method.state_dict()
     assert not any(torch.equal(value, after[key]) for key, value in before.items())
-    assert not any("training_only" in key for key in trainer.model.state_dict())
+    assert not any("training_only" in key for key in trainer.task.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -266,7 +275,7 @@ def test_transformers_of_another_width(make_trainer, queries):
             ["MODEL.DEFORMABLE_DETR.TWO_STAGE", True],
             "TWO_STAGE is True, the student's is False",
         ),
-        (["MODEL.META_ARCHITECTURE", "CrossKDDeformableDETR"], "meta-architecture is CrossKD"),
+        (["MODEL.META_ARCHITECTURE", "CrossKDDeformableDETR"], "meta-architecture is ShortName"),
     ],
 )
 def test_teacher_that_does_not_fit(make_cfg, teacher, message):
@@ -285,8 +294,8 @@ def test_options(make_cfg):
     for key, value, message in (
         ("QUERIES", "both", "is 'both', expected one of"),
         ("CLS_LOSS", "focal", r"is 'focal', expected one of \['qfl', 'bce'\]"),
-        ("STRATEGY", "b", "is 'b', but means nothing for Deformable DETR: leave it at 'a'"),
-        ("FEATURE_WEIGHT", 1.0, "is 1.0, but means nothing for Deformable DETR"),
+        ("STRATEGY", "b", r"is 'b', expected one of \['a'\]: it means nothing for DETR"),
+        ("FEATURE_WEIGHT", 1.0, r"is 1.0, expected one of \[0\]: it means nothing for DETR"),
     ):
         cfg = make_cfg("quick/deformable_detr_R_18_crosskd.yaml", *SMALL)
         cfg.MODEL.CROSSKD[key] = value
@@ -306,13 +315,13 @@ def test_config_for_coco(read_cfg, make_cfg):
     teacher = read_cfg("PlainDet/deformable_detr_R_50_50ep.yaml")
     assert (cfg.SOLVER, cfg.INPUT) == (plain.SOLVER, plain.INPUT)
     assert cfg.MODEL.DEFORMABLE_DETR == plain.MODEL.DEFORMABLE_DETR == teacher.MODEL.DEFORMABLE_DETR
-    assert (crosskd.CLS_LOSS, crosskd.CLS_WEIGHT, crosskd.BOX_WEIGHT) == ("bce", 1, 1)
+    settings = {"cls_weight": DETRCrossKD().cls_weight, **DETRCrossKD.settings(crosskd)}
+    assert [settings[x] for x in ("cls_loss", "cls_weight", "box_weight")] == ["bce", 1, 1]
     assert crosskd.QUERIES == "teacher"
     assert crosskd.TEACHER.CONFIG_FILE.endswith("PlainDet/deformable_detr_R_50_50ep.yaml")
     assert crosskd.TEACHER.WEIGHTS.endswith(f"{teacher.OUTPUT_DIR}/model_final.pth")
 
     cfg = make_cfg(name)
-    assert train_net.trainer_class(cfg) is CrossKDTrainer
     student = build_model(cfg).train()
     cfg = make_cfg("PlainDet/deformable_detr_R_50_50ep.yaml")
     student.set_teacher(Teacher(build_model(cfg), cfg.INPUT.FORMAT))

@@ -5,7 +5,13 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.utils.events import EventStorage
-from iteration import check_needs_teacher, check_training_run, losses_of, with_gradient
+from iteration import (
+    check_needs_teacher,
+    check_training_run,
+    losses_of,
+    method_of,
+    with_gradient,
+)
 
 from plaindet.modeling import ATSS, FCOS, GFL
 
@@ -18,7 +24,7 @@ KD = {"loss_kd_cls", "loss_kd_box"}
 def test_gradient_of_distillation(make_trainer, detector):
     """It reaches the backbone and the subnets up to the position, and nothing behind it."""
     trainer = make_trainer(detector, "MODEL.CROSSKD.FEATURE_WEIGHT", "1.0")
-    model, losses = trainer.model, losses_of(trainer)
+    model, losses = trainer.plain_model, losses_of(trainer)
     assert KD | {"loss_kd_feature"} < losses.keys()
     distilled = with_gradient(model, [losses[name] for name in KD])
     before = {f"head.{subnet}.{i}" for subnet in ("cls_subnet", "bbox_subnet") for i in (0, 1)}
@@ -47,8 +53,9 @@ def test_gradient_of_each_strategy(make_trainer, strategy, reached):
     """Fig. 1 of the supplement. In (d) the teacher's features go through the student's layers, so
     the backbone gets nothing but through the statistics that they are given."""
     trainer = make_trainer("retinanet", "MODEL.CROSSKD.STRATEGY", strategy)
-    targets, distillation_losses = [], trainer.model.distillation_losses
-    trainer.model.distillation_losses = lambda anchors, imitating, target, assignment: (
+    method = method_of(trainer.task)
+    targets, distillation_losses = [], method.distillation_losses
+    method.distillation_losses = lambda anchors, imitating, target, assignment: (
         targets.append(target) or distillation_losses(anchors, imitating, target, assignment)
     )
     losses = losses_of(trainer)
@@ -60,7 +67,7 @@ def test_gradient_of_each_strategy(make_trainer, strategy, reached):
             loss = losses[f"loss_kd_{name}"]
             (gradient,) = torch.autograd.grad(loss, prediction, retain_graph=True)
             assert gradient.abs().sum() > 0
-    names = with_gradient(trainer.model, [losses["loss_kd_cls"]])
+    names = with_gradient(trainer.plain_model, [losses["loss_kd_cls"]])
     found = set()
     for name in names:
         layer = name.split(".")
@@ -75,15 +82,16 @@ def test_gradient_of_each_strategy(make_trainer, strategy, reached):
 def test_features_and_head_of_each_strategy(make_trainer, strategy):
     """Fig. 1 of the supplement: (a) and (c) take the student's features through the teacher's head,
     (b) and (d) the teacher's through the student's."""
-    model = (trainer := make_trainer("retinanet", "MODEL.CROSSKD.STRATEGY", strategy)).model
-    calls, original = [], model.cross_head_predictions
-    model.cross_head_predictions = lambda *args: calls.append(args) or original(*args)
+    trainer = make_trainer("retinanet", "MODEL.CROSSKD.STRATEGY", strategy)
+    method = method_of(trainer.task)
+    calls, original = [], method.cross_head_predictions
+    method.cross_head_predictions = lambda *args: calls.append(args) or original(*args)
     losses_of(trainer)
-    ((held, reference, detector),) = calls
+    ((held, reference, adapter),) = calls
     is_student = strategy in ("a", "c")
     assert held.cls[0].requires_grad == held.box[0].requires_grad == is_student
     assert reference.cls[0].requires_grad == reference.box[0].requires_grad == (not is_student)
-    assert detector is (model.teacher.model if is_student else model)
+    assert adapter.detector is (method.teacher.model if is_student else trainer.plain_model)
 
 
 @detectors
@@ -96,8 +104,8 @@ def test_teacher_that_is_the_student(make_trainer, detector):
         *("MODEL.FPN.NORM", ""),
         teacher=("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", ""),
     )
-    model = trainer.model
-    model.load_state_dict(model.teacher.model.state_dict())
+    teacher = method_of(trainer.task).teacher.model
+    trainer.plain_model.load_state_dict(teacher.state_dict())
     losses = losses_of(trainer)
     assert losses["loss_kd_cls"].item() == pytest.approx(0, abs=1e-6)
     assert losses["loss_kd_box"].item() == pytest.approx(0, abs=1e-4)
@@ -121,7 +129,7 @@ def test_batch_without_objects(make_trainer, detector):
 def test_detection_losses_are_the_plain_detector_s(make_trainer, make_cfg, detector):
     trainer = make_trainer(detector)
     plain = build_model(make_cfg(f"quick/{detector}_R_18_baseline.yaml")).train()
-    plain.load_state_dict(trainer.model.state_dict(), strict=True)
+    plain.load_state_dict(trainer.plain_model.state_dict(), strict=True)
     batch = next(iter(trainer.data_loader))
     with EventStorage():
         losses, expected = trainer.model(batch), plain(batch)
@@ -131,12 +139,11 @@ def test_detection_losses_are_the_plain_detector_s(make_trainer, make_cfg, detec
         torch.testing.assert_close(losses[name], loss)
 
 
-def by_hand(model, batch, position):
+def by_hand(student, teacher, batch, position):
     """The cross-head predictions with plain loops, from the definition."""
-    images = model.preprocess_image(batch).tensor
-    student, teacher = model, model.teacher.model
+    images = student.preprocess_image(batch).tensor
     cross_head = {"cls": [], "box": []}
-    for level in model.head_in_features:
+    for level in student.head_in_features:
         for kind, subnet in (("cls", "cls_subnet"), ("box", "bbox_subnet")):
             held = []
             for detector in (student, teacher):
@@ -164,16 +171,16 @@ def by_hand(model, batch, position):
 def test_cross_head_predictions(make_trainer, position, monkeypatch):
     """At every position, levels of one cell included."""
     trainer = make_trainer("retinanet", "MODEL.CROSSKD.POSITION", str(position))
-    model, batch = trainer.model, next(iter(trainer.data_loader))[:1]
+    method, batch = method_of(trainer.task), next(iter(trainer.data_loader))[:1]
     seen = []
-    original = model.cross_head_predictions
+    original = method.cross_head_predictions
     monkeypatch.setattr(
-        model, "cross_head_predictions", lambda *args: seen.append(original(*args)) or seen[-1]
+        method, "cross_head_predictions", lambda *args: seen.append(original(*args)) or seen[-1]
     )
     with EventStorage():
-        model(batch)
+        trainer.model(batch)
         with torch.no_grad():
-            expected = by_hand(model, batch, position)
+            expected = by_hand(trainer.plain_model, method.teacher.model, batch, position)
     for prediction, kind, size in ((seen[0].logits, "cls", 3), (seen[0].regression, "box", 4)):
         flat = [
             x.unflatten(1, (-1, size)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in expected[kind]
@@ -199,7 +206,8 @@ def test_resuming(make_trainer):
     trainer.resume_or_load(resume=True)
     assert trainer.start_iter == 2
     checkpoint = torch.load(trainer.checkpointer.get_checkpoint_file(), weights_only=False)
-    for state, module in (("model", trainer.model), ("training_only", trainer.model.training_only)):
+    task = trainer.task
+    for state, module in (("model", task.detector), ("training_only", task.training_only)):
         assert checkpoint[state].keys() == module.state_dict().keys()
         assert all(torch.equal(v, checkpoint[state][k]) for k, v in module.state_dict().items())
     trainer.train()
@@ -215,12 +223,13 @@ def test_heads_of_another_width(make_trainer, strategy):
         strategy,
         teacher=("MODEL.FPN.OUT_CHANNELS", 96),
     )
-    before = {k: v.clone() for k, v in trainer.model.training_only.state_dict().items()}
+    method = method_of(trainer.task)
+    before = {k: v.clone() for k, v in method.state_dict().items()}
     assert before.keys() == {"cls_projection.weight", "box_projection.weight"}
     trainer.train()
-    after = trainer.model.training_only.state_dict()
+    after = method.state_dict()
     assert not any(torch.equal(value, after[key]) for key, value in before.items())
-    assert not any("projection" in key for key in trainer.model.state_dict())
+    assert not any("projection" in key for key in trainer.task.state_dict())
 
 
 ANCHORS = "MODEL.ANCHOR_GENERATOR.SIZES"

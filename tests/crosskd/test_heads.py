@@ -1,14 +1,19 @@
 """The cross-head step against the official implementation's numbers."""
 
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from detectron2.layers import ShapeSpec
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from torch import nn
 from torch.nn import functional as F
 
 from crosskd import align_features
-from crosskd.heads import SubnetFeatures, num_positions, predict, run_subnets, width_at
+from plaindet.engine.adapters import DenseAdapter, TowerFeatures
 from plaindet.modeling import GFLHead
 
 NUMBERS = np.load(Path(__file__).parent.parent / "data" / "crosskd" / "cross_head.npz")
@@ -19,6 +24,19 @@ def make_head(num_convs=4, channels=64):
     return GFLHead(
         input_shape=shapes, conv_dims=[channels] * num_convs, num_classes=8, norm="GN"
     ).eval()
+
+
+def make_adapter(head, channels):
+    """With the part of a detector that matters here."""
+    return DenseAdapter(
+        SimpleNamespace(
+            head=head,
+            head_in_features=["p5", "p6", "p7"],
+            backbone=SimpleNamespace(output_shape=lambda: {"p5": ShapeSpec(channels=channels)}),
+            prediction_dims=[8, 4 * 17],
+            _transpose_dense_predictions=partial(DenseDetector._transpose_dense_predictions, None),
+        )
+    )
 
 
 @torch.no_grad()
@@ -39,23 +57,45 @@ def test_classification_of_an_official_teacher():
         for name in ("stu/cls_hold", "tea/cls_hold", "reused/cls")
     )
     aligned = [F.relu(align_features(*pair)) for pair in zip(held, reference)]
-    outputs = run_subnets(head, SubnetFeatures(aligned, aligned), start=3)
-    logits, _ = predict(head, outputs)
-    for actual, wanted in zip(logits, expected):
-        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+    adapter = make_adapter(head, 64)
+    adapter.position = 3
+    logits = adapter.predictions_from(TowerFeatures(aligned, aligned)).logits
+    wanted = torch.cat([x.flatten(2).transpose(1, 2) for x in expected], dim=1)
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def test_parts_make_the_whole():
     """Any position splits the head into two parts that give what its forward gives."""
     head = make_head(channels=32)
+    adapter = make_adapter(head, 32)
     features = [torch.randn(2, 32, size, size) for size in (8, 4, 2)]
-    expected = head(features)
-    assert num_positions(head) == 4
+    expected = adapter.flatten(head(features))
+    assert adapter.num_positions == 4
     for position in range(5):
-        assert width_at(head, position) == 32
-        held = run_subnets(head, SubnetFeatures(features, features), stop=position)
+        adapter.position = position
+        assert adapter.width == 32
+        run = adapter.run_head(dict(zip(("p5", "p6", "p7"), features)))
+        held = run.held
         assert position == 0 or all((x >= 0).all() for x in (*held.cls, *held.box))
-        actual = predict(head, run_subnets(head, held, start=position))
-        for levels, wanted in zip(actual, expected):
-            assert all(torch.equal(*pair) for pair in zip(levels, wanted))
+        for actual in (adapter.flatten(run.predictions), adapter.predictions_from(held)):
+            assert torch.equal(actual.logits, expected.logits)
+            assert torch.equal(actual.regression, expected.regression)
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.GELU, nn.LeakyReLU])
+def test_heads_of_other_activations(activation):
+    """A position is behind an activation of any kind, and rectified behind a ReLU alone."""
+    head = make_head(num_convs=2, channels=32)
+    assert make_adapter(head, 32).num_positions == 2
+    for tower in (head.cls_subnet, head.bbox_subnet):
+        tower[2] = tower[5] = activation()
+    adapter = make_adapter(head, 32)
+    assert adapter.num_positions == 2
+    features = dict(zip(("p5", "p6", "p7"), [torch.randn(2, 32, size, size) for size in (8, 4, 2)]))
+    adapter.position = 1
+    run = adapter.run_head(features)
+    assert torch.equal(run.held.cls[0], head.cls_subnet[:3](features["p5"]))
+    actual, expected = adapter.predictions_from(run.held), adapter.flatten(run.predictions)
+    assert torch.equal(actual.logits, expected.logits)
+    assert not adapter.is_rectified

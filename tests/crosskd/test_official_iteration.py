@@ -17,8 +17,8 @@ from detectron2.utils.events import EventStorage
 
 import train_net
 from plaindet import read_config
-from plaindet.mmdet_weights import convert_mmdet_weights, find_network
-from plaindet.modeling import build_teacher
+from plaindet.converters.mmdet_weights import convert_mmdet_weights, find_network
+from plaindet.engine import build_teacher
 
 import convert_mmdet
 
@@ -38,11 +38,10 @@ def student(tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted")
     for name in ("student", "teacher"):
         convert_mmdet.convert(str(FOLDER / f"11_gfl_{name}_state.pt"), str(folder / f"{name}.pth"))
-    cfg = read_config(folder / "student.yaml", (), train_net.ADD_CONFIGS)
+    cfg = read_config(folder / "student.yaml")
     official = read_config(
         Path(train_net.__file__).parent / "configs/CrossKD/gfl_R_50_FPN_from_R_101_pkd.yaml",
         (),
-        train_net.ADD_CONFIGS,
     )
     cfg.MODEL.CROSSKD = official.MODEL.CROSSKD
     cfg.MODEL.META_ARCHITECTURE = official.MODEL.META_ARCHITECTURE
@@ -113,7 +112,7 @@ def test_losses_and_gradients(student, numbers, case):
         "kd_only": distillation,
         "feat_only": {"loss_kd_feature"},
     }
-    parameters, names = dict(student.named_parameters()), our_names()
+    parameters, names = dict(student.detector.named_parameters()), our_names()
     for group, members in groups.items():
         student.zero_grad()
         sum(losses[name] for name in members).backward(retain_graph=True)

@@ -15,6 +15,8 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 
+from plaindet.engine import adapter_of
+
 pytestmark = pytest.mark.golden
 LEVELS = range(5)
 NUM_CLASSES = 8
@@ -31,7 +33,7 @@ def model(read_cfg):
     cfg = read_cfg("CrossKD/retinanet_R_18_FPN_from_R_50.yaml")
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.RETINANET.NUM_CLASSES = NUM_CLASSES
-    return build_model(cfg).train()
+    return build_model(cfg).detector.train()
 
 
 def by_ratio_to_by_size(x):
@@ -109,7 +111,7 @@ def test_assignment(model, numbers, case):
     gt_labels, gt_boxes = model.label_anchors(anchors, instances)
     sizes = [x.image_size for x in instances]
     images = ImageList(torch.zeros(2, 3, *numbers["batch_hw"].tolist()), sizes)
-    assignment = model.assignment(anchors, gt_labels, gt_boxes, images)
+    assignment = adapter_of(model).assignment(anchors, gt_labels, gt_boxes, images)
     labels, valid = targets(numbers, f"{case}/labels"), targets(numbers, f"{case}/label_weights")
     for i, image in enumerate(instances):
         low_quality = torch.zeros(len(labels[i]), dtype=torch.bool)

@@ -1,11 +1,13 @@
 """CrossKD for a meta-architecture of somebody else's project, by what the README documents."""
 
+import pytest
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.modeling.meta_arch.retinanet import RetinaNet, RetinaNetHead
 from torch import nn
 
-from crosskd import CrossKDDetector, CrossKDTrainer
+from crosskd import CrossKDDetector
+from plaindet.engine import PlainTrainer
 
 
 class OwnHead(RetinaNetHead):
@@ -41,21 +43,17 @@ class OwnDetector(RetinaNet):
         return arguments
 
 
-@META_ARCH_REGISTRY.register()
-class CrossKDOwnDetector(CrossKDDetector, OwnDetector):
-    pass
-
-
 def test_meta_architecture_of_another_project(make_cfg, tmp_path):
     """It trains, its predictors learn from the ground truth alone, and the result is plain."""
     plain = ("MODEL.META_ARCHITECTURE", "OwnDetector")
     teacher = build_model(make_cfg("quick/retinanet_R_34_teacher.yaml", *plain))
     torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pth")
     options = [*plain, "MODEL.RETINANET.NUM_CLASSES", 3, "DATASETS.TRAIN", ("tiny_train",)]
-    trainer = CrossKDTrainer(
+    trainer = PlainTrainer(
         make_cfg(
             "quick/retinanet_R_18_crosskd.yaml",
-            *("MODEL.META_ARCHITECTURE", "CrossKDOwnDetector", "SOLVER.MAX_ITER", "2"),
+            *plain,
+            *("MODEL.TRAINING_METHODS", "('CrossKD',)", "SOLVER.MAX_ITER", "2"),
             *("MODEL.CROSSKD.TEACHER.WEIGHTS", str(tmp_path / "teacher.pth")),
             *("MODEL.CROSSKD.TEACHER.OPTS", str(options)),
         )
@@ -66,3 +64,11 @@ def test_meta_architecture_of_another_project(make_cfg, tmp_path):
     result = build_model(make_cfg("quick/retinanet_R_18_baseline.yaml", *plain))
     result.load_state_dict(checkpoint["model"], strict=True)
     assert (result.head.temperatures != 1).any()
+
+
+def test_former_base_class():
+    """It says what has taken its place."""
+    with pytest.raises(TypeError, match=r"Old is not needed.*TRAINING_METHODS \('CrossKD',\)"):
+
+        class Old(CrossKDDetector, OwnDetector):
+            pass

@@ -4,14 +4,20 @@ import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.modeling import GeneralizedRCNN, build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
-from iteration import check_needs_teacher, check_training_run, losses_of, with_gradient
+from iteration import (
+    check_needs_teacher,
+    check_training_run,
+    losses_of,
+    method_of,
+    with_gradient,
+)
 from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss
 
-from crosskd.box_head import RegionPredictions
-from plaindet.modeling import Teacher
+from plaindet.engine import Teacher
+from plaindet.engine.adapters import RegionPredictions
 
 detectors = pytest.mark.parametrize("detector", ["faster_rcnn", "mask_rcnn"])
 KD = {"loss_kd_cls", "loss_kd_box"}
@@ -24,7 +30,7 @@ LAYERS = ["conv1", "fc1", "fc2"]  # of a box head with one convolution
 def test_gradient_of_distillation(make_trainer, position):
     """It reaches the backbone, the FPN and the box head up to the position, and nothing else."""
     trainer = make_trainer("mask_rcnn", POSITION, position, NUM_CONV, 1, teacher=[NUM_CONV, 1])
-    model, losses = trainer.model, losses_of(trainer)
+    model, losses = trainer.plain_model, losses_of(trainer)
     assert KD < losses.keys()
     for name in KD:
         reached = {name.rpartition(".")[0] for name in with_gradient(model, [losses[name]])}
@@ -41,7 +47,7 @@ def test_mimicking(make_trainer):
     """The student's own predictions imitate, so all of its box head learns from the teacher."""
     trainer = make_trainer("faster_rcnn", "MODEL.CROSSKD.STRATEGY", "mimicking")
     losses = losses_of(trainer)
-    reached = with_gradient(trainer.model, [losses[name] for name in KD])
+    reached = with_gradient(trainer.plain_model, [losses[name] for name in KD])
     assert {f"roi_heads.box_predictor.{x}.weight" for x in ("cls_score", "bbox_pred")} < reached
     assert not any(name.startswith("proposal_generator") for name in reached)
 
@@ -54,7 +60,8 @@ def test_teacher_that_is_the_student(make_trainer, detector, position):
     norms = ("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "")
     options = ("MODEL.RESNETS.DEPTH", 34, POSITION, position)
     trainer = make_trainer(detector, *norms, *options, teacher=norms)
-    trainer.model.load_state_dict(trainer.model.teacher.model.state_dict())
+    teacher = method_of(trainer.task).teacher.model
+    trainer.plain_model.load_state_dict(teacher.state_dict())
     losses = losses_of(trainer)
     assert losses["loss_kd_cls"].item() == pytest.approx(0, abs=1e-6)
     assert losses["loss_kd_box"].item() == pytest.approx(0, abs=1e-4)
@@ -65,7 +72,7 @@ def test_detection_losses_are_the_plain_detector_s(make_trainer, make_cfg, detec
     """To the bit, and with the same random numbers."""
     trainer = make_trainer(detector)
     plain = build_model(make_cfg(f"quick/{detector}_R_18_baseline.yaml")).train()
-    plain.load_state_dict(trainer.model.state_dict(), strict=True)
+    plain.load_state_dict(trainer.plain_model.state_dict(), strict=True)
     batch = next(iter(trainer.data_loader))
     found = []
     for model in (trainer.model, plain):
@@ -98,9 +105,9 @@ def test_normalizer(make_cfg, world_size, monkeypatch):
     monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: world_size)
     # The other processes have no regions.
     monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: None)
-    regions = [Instances((64, 64), proposal_boxes=Boxes(torch.rand(8, 4)))]
+    regions = [Boxes(torch.rand(8, 4))]
     predictions = [RegionPredictions(torch.randn(8, 4), torch.randn(8, 12)) for _ in range(2)]
-    losses = model.distillation_losses(regions, *predictions)
+    losses = method_of(model).distillation_losses(regions, *predictions)
     target = predictions[1].logits.softmax(1)
     divergence = F.kl_div(predictions[0].logits.log_softmax(1), target, reduction="sum")
     torch.testing.assert_close(losses["loss_kd_cls"], 0.5 * divergence / 8 * world_size)
@@ -120,7 +127,7 @@ def run_by_hand(roi_heads, features, regions, start, stop):
     head, x = roi_heads.box_head, features
     if start == 0:
         levels = [features[name] for name in ("p2", "p3", "p4", "p5")]
-        x = roi_heads.box_pooler(levels, [region.proposal_boxes for region in regions])
+        x = roi_heads.box_pooler(levels, regions)
     if start < 1 <= stop:
         x = F.conv2d(x, head.conv1.weight, head.conv1.bias, padding=1).relu()
     if start < 2 <= stop:
@@ -136,23 +143,24 @@ def test_cross_head_predictions(make_trainer, position, monkeypatch):
     the rest of the teacher's box head; and the teacher's own predictions of the same regions."""
     options = (POSITION, position, NUM_CONV, 1, "MODEL.RESNETS.NORM", "FrozenBN")
     trainer = make_trainer("faster_rcnn", *options, teacher=[NUM_CONV, 1])
-    model, batch = trainer.model, next(iter(trainer.data_loader))
+    model, batch = trainer.plain_model, next(iter(trainer.data_loader))
     if position > 0:
         # The ReLU leaves all channels alive. The deviation of one that is positive in a single
         # region is near the epsilon, which the alignment's fused kernel puts in another place.
         torch.nn.init.constant_(getattr(model.roi_heads.box_head, LAYERS[position - 1]).bias, 2.0)
     seen = []
-    original = model.distillation_losses
+    method = method_of(trainer.task)
+    original = method.distillation_losses
     monkeypatch.setattr(
-        model, "distillation_losses", lambda *args: seen.extend(args) or original(*args)
+        method, "distillation_losses", lambda *args: seen.extend(args) or original(*args)
     )
     with EventStorage():
-        model(batch)
+        trainer.model(batch)
     regions, predictions, target = seen
 
     held = []
     with torch.no_grad():
-        for detector in (model, model.teacher.model):
+        for detector in (model, method.teacher.model):
             features = detector.backbone(detector.preprocess_image(batch).tensor)
             held.append(run_by_hand(detector.roi_heads, features, regions, 0, position))
         aligned = torch.empty_like(held[1])
@@ -161,7 +169,7 @@ def test_cross_head_predictions(make_trainer, position, monkeypatch):
             aligned[:, c] = (mine - mine.mean()) / (mine.std() + 1e-6) * other.std() + other.mean()
         if position > 0:
             aligned = aligned.relu()
-        teacher = model.teacher.model.roi_heads
+        teacher = method.teacher.model.roi_heads
         for x, actual in ((aligned, predictions), (held[1], target)):
             if position == 0:
                 x = F.conv2d(
@@ -185,13 +193,13 @@ def test_distillation_losses(make_cfg, cls_loss, box_loss, class_agnostic):
     model = build_model(cfg)
     corners = torch.rand(5, 2) * 50
     boxes = Boxes(torch.cat([corners, corners + 10 + torch.rand(5, 2) * 40], dim=1))
-    regions = [Instances((128, 128), proposal_boxes=b) for b in (boxes[:2], boxes[2:])]
+    regions = [boxes[:2], boxes[2:]]
     prediction, target = (
         RegionPredictions(torch.randn(5, 4) * 2, torch.randn(5, 4 if class_agnostic else 12))
         for _ in range(2)
     )
     prediction.logits.requires_grad_()
-    losses = model.distillation_losses(regions, prediction, target)
+    losses = method_of(model).distillation_losses(regions, prediction, target)
 
     expected = dict.fromkeys(KD, 0)
     transform = model.roi_heads.box_predictor.box2box_transform
@@ -240,16 +248,17 @@ def test_training_run(make_trainer, detector):
 def test_box_heads_of_another_width(make_trainer, position, teacher, shape):
     """A learned projection takes the features to the other head, for training only."""
     trainer = make_trainer("faster_rcnn", POSITION, position, teacher=teacher)
-    before = {k: v.clone() for k, v in trainer.model.training_only.state_dict().items()}
+    method = method_of(trainer.task)
+    before = {k: v.clone() for k, v in method.state_dict().items()}
     assert {key: value.shape for key, value in before.items()} == {"projection.weight": shape}
     trainer.train()
-    after = trainer.model.training_only.state_dict()
+    after = method.state_dict()
     assert not torch.equal(after["projection.weight"], before["projection.weight"])
-    assert not any("projection" in key for key in trainer.model.state_dict())
+    assert not any("projection" in key for key in trainer.task.state_dict())
 
     resumed = make_trainer("faster_rcnn", POSITION, position, teacher=teacher)
     resumed.resume_or_load(resume=True)
-    state = resumed.model.training_only.state_dict()
+    state = method_of(resumed.task).state_dict()
     assert torch.equal(state["projection.weight"], after["projection.weight"])
 
 
@@ -319,7 +328,7 @@ def test_teacher_of_the_model_zoo(read_cfg):
     cfg.MODEL.DEVICE = teacher.MODEL.DEVICE = "cpu"
     student = build_model(cfg)
     student.set_teacher(Teacher(build_model(teacher), teacher.INPUT.FORMAT))
-    assert not student.training_only
+    assert not [*student.training_only.parameters()]
 
 
 def test_without_teacher(make_cfg):

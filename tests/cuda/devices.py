@@ -70,7 +70,8 @@ class PretendedGPU:
 
 
 def _teachers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    teachers = (getattr(model, name, None) for name in ("_teacher", "_feature_teacher"))
+    methods, names = getattr(model, "methods", ()), ("teacher", "feature_teacher")
+    teachers = (getattr(method, name, None) for method in methods for name in names)
     return [teacher.model for teacher in teachers if teacher is not None]
 
 

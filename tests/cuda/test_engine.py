@@ -3,7 +3,7 @@
 import pytest
 from detectron2.utils.events import EventStorage
 
-import train_net
+from plaindet.engine import PlainTrainer
 
 pytestmark = pytest.mark.cuda
 
@@ -22,7 +22,7 @@ def test_the_host_does_not_wait_for_the_hooks(method, detector, precision, gpu, 
     if precision != "float32":
         options += ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", precision]
     cfg = make_method_cfg(method, detector, *options)
-    trainer = train_net.trainer_class(cfg)(cfg)
+    trainer = PlainTrainer(cfg)
     trainer.start_iter, trainer.max_iter = 0, 8
     found = set()
     with EventStorage() as trainer.storage:

@@ -41,7 +41,7 @@ def test_detections(detector, device, make_tiny_cfg):
     method = BOTH if BOTH in METHODS[detector] else "CrossKD"
     model = prepare(build_variant(Variant(detector, method), make_tiny_cfg))
     plain = build_model(make_tiny_cfg(f"quick/{detector}_R_18_baseline.yaml", *NORMS))
-    assert type(plain) is type(model).plain_class()
+    assert type(plain) is type(model.detector)
     plain.load_state_dict(model.state_dict(), strict=True)
     prepare(plain)
     batch = [{"image": x["image"]} for x in make_batch()]

@@ -120,6 +120,6 @@ def test_the_host_waits_no_more_than_for_the_plain_detector(
         if count > times * plain[place] and place not in exceptions(variant)
     }
     assert not more
-    packages = ("plaindet", "labelenc", "crosskd", "labelenc_crosskd")
+    packages = ("plaindet", "labelenc", "crosskd")
     own = {place for place in waits if place.split(".")[0] in packages}
     assert own <= OWN.keys()

@@ -26,7 +26,7 @@ import train_net
 from crosskd.alignment import align_features
 from crosskd.losses import box_loss, distribution_loss, feature_loss, quality_focal_loss
 from labelenc import feature_distance
-from plaindet.engine import finite
+from plaindet.engine import PlainTrainer, finite
 
 pytestmark = pytest.mark.cuda
 
@@ -134,7 +134,7 @@ def make_trainer(device, monkeypatch, make_method_cfg):
     def make(method, detector, *overrides):
         norms = ("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "GN")
         cfg = make_method_cfg(method, detector, *options, *norms, *overrides)
-        trainer = train_net.trainer_class(cfg)(cfg)
+        trainer = PlainTrainer(cfg)
         trainer.test = lambda *_: {}
         if trainer._trainer.grad_scaler.is_enabled():  # so low that no step is skipped by itself
             trainer._trainer.grad_scaler = torch.cuda.amp.GradScaler(init_scale=64)
@@ -194,11 +194,11 @@ def test_the_adapter_rests_under_the_scaler(make_trainer):
     """While L3 is off, its gradients of zero, which the scaler unscales, do not reach the
     optimizer; also in an iteration that the scaler skips."""
     trainer = make_trainer("labelenc_step1", "fcos")
-    adapter = list(trainer.plain_model.feature_adapter.parameters())
+    adapter = list(trainer.task.training_only["LabelEnc"].feature_adapter.parameters())
     poison_gradients(trainer, {0})
     trainer.train()
     first, second, third, fourth = trainer.states
-    prefix = "training_only.feature_adapter"
+    prefix = "training_only.LabelEnc.feature_adapter"
     assert not changed(first, second)
     assert changed(second, third)
     assert not [name for name in changed(first, third) if name.startswith(prefix)]

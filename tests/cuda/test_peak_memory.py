@@ -6,7 +6,7 @@ from detectron2.modeling import build_model
 from devices import GPU
 from variants import LABELENC, PLAIN, Variant, build_variant, losses_of, make_batch
 
-from plaindet.modeling import Teacher
+from plaindet.engine import Teacher
 
 pytestmark = pytest.mark.cuda
 
@@ -69,7 +69,7 @@ def test_peak_memory(gpu, make_tiny_cfg, capsys):
         "step 1": peak(build(STEP.format(1))),
         "step 2": peak(step2),
     }
-    step2.distance_enabled = False
+    step2.training_only["LabelEnc"].distance_enabled = False
     peaks["step 2 after the cut-off"] = peak(step2)
     student = build("CrossKD/retinanet_R_50_FPN_from_R_101.yaml")
     student.set_teacher(Teacher(build("PlainDet/retinanet_R_101_FPN_1x.yaml")))

@@ -11,7 +11,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from labelenc import LabelMap
-from plaindet.modeling import Teacher
+from plaindet.engine import Teacher
 from plaindet.seeding import seed_everything
 
 DENSE = ("retinanet", "fcos", "gfl", "atss")
@@ -104,7 +104,7 @@ def build_variant(variant: Variant, make_cfg, *overrides: str) -> torch.nn.Modul
     seed_everything(0)
     model = build_model(cfg).train()
     if method in LABELENC:
-        model.distance_enabled = method not in (LABELENC[0], LABELENC[3])
+        model.training_only["LabelEnc"].distance_enabled = method not in (LABELENC[0], LABELENC[3])
     if method == "vanilla KD" or method in (*CROSSKD, PKD, BOTH):
         wider = WIDER[detector] if method == "CrossKD bridged" else ()
         cfg = make_cfg(f"quick/{detector}_R_34_teacher.yaml", *overrides, *wider)
@@ -118,7 +118,7 @@ def build_variant(variant: Variant, make_cfg, *overrides: str) -> torch.nn.Modul
 
 def plain_class(model: torch.nn.Module) -> type:
     """The meta-architecture that a variant's model is trained to be."""
-    return type(model).plain_class() if hasattr(model, "plain_class") else type(model)
+    return type(getattr(model, "detector", model))
 
 
 def make_batch(sizes=((120, 160), (128, 144))) -> list[dict]:
@@ -148,8 +148,9 @@ def losses_of(model: torch.nn.Module, batch: list[dict]) -> dict[str, torch.Tens
     """Of one iteration, with the same random numbers and the same normaliser whenever it is
     called."""
     seed_everything(0)
-    if hasattr(model, "loss_normalizer"):
-        model.loss_normalizer = 100.0  # RetinaNet's moving average
+    detector = getattr(model, "detector", model)
+    if hasattr(detector, "loss_normalizer"):
+        detector.loss_normalizer = 100.0  # RetinaNet's moving average
     with EventStorage():
         return model(batch)
 

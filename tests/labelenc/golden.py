@@ -35,7 +35,7 @@ def assert_golden(actual, golden, key, rtol=1e-5):
 def official_name(key):
     """The official name of a parameter of a dense LabelEnc detector."""
     for pattern, replacement in (
-        (r"^training_only\.", ""),
+        (r"^(detector|training_only\.LabelEnc)\.", ""),
         (r"^label_encoder\.", "label_encoding_function."),
         (r"^feature_adapter", "feature_adapt"),
         (r"label_encoding_function\.bottom_up\.stem", "label_encoding_function.body.stage1"),
@@ -72,7 +72,7 @@ def official_name(key):
 def fill(module, prefix=""):
     """Gives every parameter and buffer the values that the recipe makes from its official name."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if not name.startswith(("pixel_", "anchor_generator")):
+        if not name.removeprefix("detector.").startswith(("pixel_", "anchor_generator")):
             for key, part in official_tensors(prefix + name, tensor):
                 values = recipe_tensor(key, tuple(part.shape))
                 part.copy_(torch.from_numpy(values))
@@ -81,6 +81,7 @@ def fill(module, prefix=""):
 def official_tensors(name, tensor):
     """The official names of a parameter and what belongs to them; there, the factor of each level
     is a parameter of its own."""
+    name = name.removeprefix("detector.")
     if name == "head.scales":
         return [(official_name(f"{name}.{i}"), tensor[i : i + 1]) for i in range(len(tensor))]
     return [(official_name(name), tensor)]

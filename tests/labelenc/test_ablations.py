@@ -17,7 +17,8 @@ from labelenc import (
     inherit_teacher,
     save_step1_file,
 )
-from plaindet.modeling import Teacher
+from labelenc.step1_file import labelenc_of
+from plaindet.engine import Teacher
 
 STEP1 = "quick/retinanet_R_18_labelenc_step1.yaml"
 STEP2 = "quick/retinanet_R_18_labelenc_step2.yaml"
@@ -56,14 +57,14 @@ def test_reconstruction_loss_only(make_cfg):
     cfg = make_cfg(STEP1, *SHORT, "MODEL.LABELENC.LAMBDA1", "0.0", "MODEL.LABELENC.LAMBDA2", "0.0")
     cfg.TEST.EVAL_PERIOD = 0
     trainer = LabelEncTrainer(cfg)
-    model = trainer.plain_model
+    model, labelenc = trainer.plain_model, labelenc_of(trainer.task)
     calls = []
     model.backbone.register_forward_hook(lambda *_: calls.append(1))
     with EventStorage():
         unused = find_unused_parameters(trainer.model, next(iter(trainer.data_loader)))
-    assert not {n for n, p in model.named_parameters() if p.requires_grad} & set(unused)
+    assert not {n for n, p in trainer.task.named_parameters() if p.requires_grad} & set(unused)
     assert set(losses_of(trainer)) == {"loss_reconstruction_cls", "loss_reconstruction_box_reg"}
-    parts = (model.backbone, model.feature_adapter, model.label_encoder, model.head)
+    parts = (model.backbone, labelenc.feature_adapter, labelenc.label_encoder, model.head)
     before = [clone(part) for part in parts]
     trainer._trainer.iter = 0
     with EventStorage():
@@ -76,10 +77,11 @@ def test_reconstruction_loss_only(make_cfg):
 def test_without_distance_in_step_1(make_cfg):
     """LAMBDA2 0: as the warm-up, to the end."""
     trainer = LabelEncTrainer(make_cfg(STEP1, *SHORT, "MODEL.LABELENC.LAMBDA2", "0.0"))
-    before = clone(trainer.plain_model.feature_adapter)
+    labelenc = labelenc_of(trainer.task)
+    before = clone(labelenc.feature_adapter)
     trainer.train()
-    assert not changed(trainer.plain_model.feature_adapter, before)
-    assert not trainer.plain_model.distance_enabled
+    assert not changed(labelenc.feature_adapter, before)
+    assert not labelenc.distance_enabled
 
 
 @pytest.mark.parametrize("supervision", [True, False])
@@ -96,18 +98,17 @@ def test_supervision_and_initialization(make_cfg, step1_file, supervision, initi
         )
     )
     model, saved = trainer.plain_model, torch.load(step1_file, weights_only=True)
+    encoder = labelenc_of(trainer.task).label_encoder
     before = clone(model)
     trainer.resume_or_load(resume=False)
-    assert all(
-        torch.equal(v, saved["label_encoder"][k]) for k, v in clone(model.label_encoder).items()
-    )
+    assert all(torch.equal(v, saved["label_encoder"][k]) for k, v in clone(encoder).items())
     moved = changed(model, before)
     assert ("head.cls_score.weight" in moved) == initialization
     assert ("backbone.fpn_output3.weight" in moved) == initialization
     assert not [key for key in moved if "bottom_up" in key]
 
     calls = []
-    model.label_encoder.register_forward_hook(lambda *_: calls.append(1))
+    encoder.register_forward_hook(lambda *_: calls.append(1))
     trainer.train()
     assert len(calls) == (2 if supervision else 0)
     batch = next(iter(trainer.data_loader))
@@ -177,7 +178,8 @@ def test_vanilla_kd(make_cfg, teacher_file):
     """Table 6: a teacher's features in place of h(y), its head inherited, no label map."""
     trainer = LabelEncTrainer(make_cfg(STEP2, *teacher_options(teacher_file)))
     trainer.resume_or_load(resume=False)
-    model, teacher = trainer.plain_model, trainer.plain_model.feature_teacher.model
+    model, labelenc = trainer.plain_model, labelenc_of(trainer.task)
+    teacher = labelenc.feature_teacher.model
     saved = torch.load(teacher_file, weights_only=True)["model"]
     assert not changed(teacher, saved)
     for key, value in model.state_dict().items():
@@ -189,21 +191,25 @@ def test_vanilla_kd(make_cfg, teacher_file):
     with EventStorage(), torch.no_grad():
         images = model.preprocess_image(batch).tensor
         features, expected = model.backbone(images), teacher.backbone(images)
-        adapted = [model.feature_adapter(feature) for feature in features.values()]
+        adapted = [labelenc.feature_adapter(feature) for feature in features.values()]
         distance = feature_distance(adapted, list(expected.values()))
-        assert model(batch)["loss_distance"].item() == pytest.approx(distance.item(), rel=1e-5)
+        assert trainer.model(batch)["loss_distance"].item() == pytest.approx(
+            distance.item(), rel=1e-5
+        )
 
     model.vis_period = 1
     with EventStorage() as storage, torch.no_grad():
-        model(batch)
+        trainer.model(batch)
         assert [name for name, *_ in storage._vis_data] == ["features_p4: image | teacher"]
     model.vis_period = 0
 
     # The teacher is in nothing that is trained, saved or distributed, and does not change.
     adapter = {
-        f"training_only.feature_adapter.{i}.{k}" for i in (0, 2, 4) for k in ("weight", "bias")
+        f"training_only.LabelEnc.feature_adapter.{i}.{k}"
+        for i in (0, 2, 4)
+        for k in ("weight", "bias")
     }
-    names = {name for name, _ in model.named_parameters()}
+    names = {name.removeprefix("detector.") for name, _ in trainer.task.named_parameters()}
     assert names - model.state_dict().keys() == adapter
     trainer.train()
     assert not changed(teacher, saved)

@@ -12,6 +12,7 @@ from detectron2.utils.analysis import find_unused_parameters
 from detectron2.utils.events import EventStorage
 
 from labelenc import LabelEncTrainer, LabelMap
+from labelenc.step1_file import labelenc_of
 from plaindet import add_plaindet_config
 
 PLAIN_CLASS = {
@@ -60,7 +61,7 @@ def test_gradient_of_each_term(make_trainer, detector):
         trainer.model.zero_grad()
         sum(parts).backward(retain_graph=True)
         reached[term] = {
-            name.removeprefix("training_only.").split(".")[0]
+            name.removeprefix("training_only.LabelEnc.").removeprefix("detector.").split(".")[0]
             for name, parameter in trainer.model.named_parameters()
             if parameter.grad is not None and parameter.grad.any()
         }
@@ -80,7 +81,7 @@ def test_gradient_of_each_term(make_trainer, detector):
 @pytest.mark.parametrize("distance_enabled", [True, False])
 def test_no_unused_parameters(make_trainer, detector, step, distance_enabled):
     trainer = make_trainer(detector, step)
-    trainer.plain_model.distance_enabled = distance_enabled
+    labelenc_of(trainer.task).distance_enabled = distance_enabled
     with EventStorage():
         unused = find_unused_parameters(trainer.model, next(iter(trainer.data_loader)))
     trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -92,12 +93,12 @@ def test_step2_after_cut_off_is_plain(make_trainer, make_cfg, detector):
     """Losses and gradients of the plain detector, from inputs without label maps."""
     trainer = make_trainer(detector, 2)
     model = trainer.plain_model
-    model.distance_enabled = False
+    labelenc_of(trainer.task).distance_enabled = False
     plain = build_model(make_cfg(f"quick/{detector}_R_18_baseline.yaml")).train()
     plain.load_state_dict(model.state_dict(), strict=True)
-    trainer.mapper.stop_label_maps()
+    trainer.mapper.additions[0].stop_label_maps()
     batch = next(iter(trainer.data_loader))
-    expected, losses = losses_of(plain, batch), losses_of(model, batch)
+    expected, losses = losses_of(plain, batch), losses_of(trainer.model, batch)
     sum(expected.values()).backward()
     sum(losses.values()).backward()
     assert losses.pop("loss_distance") == 0
@@ -139,7 +140,7 @@ def test_both_steps_end_in_the_plain_detector(make_trainer, make_cfg, detector, 
 
     evaluated = build_model(make_cfg(quick(detector, 2))).eval()
     DetectionCheckpointer(evaluated).load(str(outputs[2] / "model_final.pth"))
-    for model in (plain, evaluated):
+    for model in (plain, evaluated.detector):
         show_everything(model)
     found = 0
     for inputs in build_detection_test_loader(make_cfg(quick(detector, 2)), "tiny_val"):

@@ -7,7 +7,8 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from labelenc import LabelEncRetinaNet, LabelMap, build_label_encoder
+from labelenc import LabelEnc, LabelMap, build_label_encoder
+from plaindet.engine import TrainingTask
 
 STEP = {
     1: "quick/retinanet_R_18_labelenc_step1.yaml",
@@ -81,23 +82,25 @@ def test_class_beyond_num_classes(make_cfg):
 
 def test_from_plain_python(make_cfg):
     """Built by its constructor's arguments, without the keys of LabelEnc."""
-    arguments = LabelEncRetinaNet.plain_class().from_config(
-        make_cfg("quick/retinanet_R_18_baseline.yaml")
-    )
-    encoder = build_label_encoder(arguments["backbone"], num_classes=3, norm="BN")
-    model = LabelEncRetinaNet(**arguments, label_encoder=encoder, step=1, lambda2=0.5).train()
+    detector = build_model(make_cfg("quick/retinanet_R_18_baseline.yaml"))
+    model = TrainingTask(detector, [LabelEnc(step=1, lambda2=0.5, norm="BN")]).train()
     with EventStorage():
         assert "loss_reconstruction_cls" in model(BATCHES["half empty"])
 
 
-def test_arguments_are_checked(make_cfg):
+def test_arguments_are_checked(make_cfg, monkeypatch):
     with pytest.raises(ValueError, match="MODEL.LABELENC.STEP is 3, expected 1 or 2"):
         build_model(make_cfg(STEP[1], "MODEL.LABELENC.STEP", "3"))
-    arguments = LabelEncRetinaNet.plain_class().from_config(make_cfg(STEP[1]))
-    encoder = build_label_encoder(arguments["backbone"], num_classes=3)
-    encoder._out_feature_channels = dict.fromkeys(encoder._out_features, 7)
+    detector = build_model(make_cfg("quick/retinanet_R_18_baseline.yaml"))
+
+    def narrow(*arguments):
+        encoder = build_label_encoder(*arguments)
+        encoder._out_feature_channels = dict.fromkeys(encoder._out_features, 7)
+        return encoder
+
+    monkeypatch.setattr("labelenc.method.build_label_encoder", narrow)
     with pytest.raises(ValueError, match="label encoder's features are .*channels=7"):
-        LabelEncRetinaNet(**arguments, label_encoder=encoder, step=1)
+        TrainingTask(detector, [LabelEnc(step=1)])
 
 
 def test_parts_for_training_only(make_cfg):
@@ -105,7 +108,11 @@ def test_parts_for_training_only(make_cfg):
     model = build_model(make_cfg(STEP[1]))
     assert model.backbone.output_shape()["p3"] == ShapeSpec(channels=64, stride=8)
     names = {name.split(".")[0] for name, _ in model.named_parameters()}
-    assert names == {"backbone", "head", "training_only"}
+    assert names == {"detector", "training_only"}
+    assert {*dict(model.training_only["LabelEnc"].named_children())} == {
+        "feature_adapter",
+        "label_encoder",
+    }
     wrapper = torch.nn.ModuleDict({"module": model})
     plain_keys = build_model(make_cfg("quick/retinanet_R_18_baseline.yaml")).state_dict().keys()
     assert model.state_dict().keys() == plain_keys

@@ -19,12 +19,12 @@ from golden import assert_golden
 from recipe import recipe_tensor
 
 from labelenc import LabelMap, add_labelenc_config, inherit_step1_file
-from labelenc.official_weights import (
+from labelenc.step1_file import write_step1_file
+from plaindet import read_config
+from plaindet.converters.labelenc_weights import (
     convert_official_weights,
     load_official_weights,
 )
-from labelenc.step1_file import write_step1_file
-from plaindet import read_config
 
 import convert_labelenc
 
@@ -191,7 +191,8 @@ def test_step_2_inherits_every_weight(folder, network, caplog, capsys):
         found = operator.attrgetter(key)(cfg.MODEL)
         assert (list(found) if isinstance(value, list) else found) == value, key
     model = build_model(cfg)
-    assert (type(model).__name__, model.step) == (detector, 2)
+    assert (cfg.MODEL.META_ARCHITECTURE, model.step) == (detector, 2)
+    assert detector == "LabelEnc" + type(model.detector).__name__
     caplog.set_level(logging.INFO, "labelenc.step1_file")
     inherit_step1_file(model, cfg.MODEL.LABELENC.STEP1_FILE)
     assert "Inherited" in caplog.text

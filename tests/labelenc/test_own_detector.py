@@ -11,13 +11,8 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn import functional as F
 
-from labelenc import (
-    LabelEncDenseDetector,
-    LabelEncDetector,
-    LabelEncTrainer,
-    LabelMap,
-    build_label_encoder,
-)
+from labelenc import LabelEnc, LabelMap
+from plaindet.engine import DetectorAdapter, PlainTrainer, TrainingTask, register_adapter
 
 
 @META_ARCH_REGISTRY.register()
@@ -52,21 +47,18 @@ class CountingDetector(nn.Module):
 
     def forward(self, batched_inputs):
         counts = self.count(self.backbone(self.preprocess_image(batched_inputs).tensor))
-        return [{"count": count} for count in counts]
-
-
-@META_ARCH_REGISTRY.register()
-class LabelEncCountingDetector(LabelEncDetector, CountingDetector):
-    @staticmethod
-    def num_label_classes(detector):
-        return detector["num_categories"]
-
-    def losses_from_features(self, images, features, gt_instances):
-        counts = self.count(features)
-        targets = torch.stack(
-            [x.gt_classes.bincount(minlength=counts.shape[1]) for x in gt_instances]
-        )
+        if not self.training:
+            return [{"count": count} for count in counts]
+        classes = [x["instances"].gt_classes for x in batched_inputs]
+        targets = torch.stack([x.bincount(minlength=counts.shape[1]) for x in classes])
         return {"loss_count": F.l1_loss(counts, targets.to(counts))}
+
+
+@register_adapter(CountingDetector)
+class CountingAdapter(DetectorAdapter):
+    @property
+    def num_classes(self):
+        return self.detector.counter.out_features
 
 
 def test_meta_architecture_of_another_project(make_cfg, tmp_path):
@@ -75,12 +67,13 @@ def test_meta_architecture_of_another_project(make_cfg, tmp_path):
     for step in (1, 2):
         cfg = cfgs[step] = make_cfg(
             f"quick/retinanet_R_18_labelenc_step{step}.yaml",
-            *("MODEL.META_ARCHITECTURE", "LabelEncCountingDetector", "SOLVER.MAX_ITER", "2"),
+            *("MODEL.META_ARCHITECTURE", "CountingDetector", "SOLVER.MAX_ITER", "2"),
+            *("MODEL.TRAINING_METHODS", "('LabelEnc',)"),
             *("MODEL.LABELENC.WARMUP_ITERS", "1", "MODEL.LABELENC.CUTOFF_ITERS", "1"),
             *("MODEL.LABELENC.STEP1_FILE", str(tmp_path / "output" / "label_encoder.pth")),
             *("DATASETS.TEST", "()", "VIS_PERIOD", "1"),
         )
-        trainer = LabelEncTrainer(cfg)
+        trainer = PlainTrainer(cfg)
         trainer.resume_or_load(resume=False)
         if step == 2:
             assert torch.equal(trainer.plain_model.counter.weight, counter)
@@ -90,7 +83,6 @@ def test_meta_architecture_of_another_project(make_cfg, tmp_path):
         assert ("loss_reconstruction_count" in logged) == (step == 1)
         assert "loss_count" in logged
 
-    cfgs[2].MODEL.META_ARCHITECTURE = "CountingDetector"
     plain = build_model(cfgs[2])
     checkpoint = torch.load(tmp_path / "output" / "model_final.pth", weights_only=False)
     plain.load_state_dict(checkpoint["model"], strict=True)
@@ -99,25 +91,20 @@ def test_meta_architecture_of_another_project(make_cfg, tmp_path):
     assert torch.equal(plain.eval()(batch)[0]["count"], trained(batch)[0]["count"])
 
 
-class LabelEncDetectron2FCOS(LabelEncDenseDetector, detectron2_fcos.FCOS):
-    """A dense detector needs nothing more."""
-
-
 @pytest.mark.parametrize("step", [1, 2])
 def test_detectron2_fcos_without_config(make_cfg, step):
     """Detectron2's own FCOS is in no yaml registry; it is built in Python."""
     backbone = build_backbone(make_cfg("quick/retinanet_R_18_baseline.yaml"))
     shapes = [ShapeSpec(channels=64, stride=2**level) for level in range(3, 8)]
     head = detectron2_fcos.FCOSHead(input_shape=shapes, conv_dims=[64], num_classes=3)
-    model = LabelEncDetectron2FCOS(
+    detector = detectron2_fcos.FCOS(
         backbone=backbone,
         head=head,
         num_classes=3,
         pixel_mean=[0.0, 0.0, 0.0],
         pixel_std=[1.0, 1.0, 1.0],
-        label_encoder=build_label_encoder(backbone, num_classes=3, norm="BN"),
-        step=step,
-    ).train()
+    )
+    task = TrainingTask(detector, [LabelEnc(step=step, norm="BN")]).train()
     boxes, classes = torch.tensor([[5.0, 5.0, 40.0, 40.0]]), torch.tensor([1])
     batch = [
         {
@@ -127,10 +114,11 @@ def test_detectron2_fcos_without_config(make_cfg, step):
         }
     ]
     with EventStorage():
-        losses = model(batch)
+        losses = task(batch)
     assert ("loss_reconstruction_fcos_cls" in losses) == (step == 1)
     # The normaliser moves once although two branches use it.
-    assert model.loss_normalizer == pytest.approx(0.9 * 300 + 0.1 * model_positives(model, batch))
+    positives = model_positives(detector, batch)
+    assert detector.loss_normalizer == pytest.approx(0.9 * 300 + 0.1 * positives)
 
 
 def model_positives(model, batch):
@@ -140,11 +128,11 @@ def model_positives(model, batch):
     return max((labels[0] != 3).sum().item(), 1)
 
 
-def test_losses_from_features_is_asked_for(make_cfg):
-    class Incomplete(LabelEncDetector, CountingDetector):
-        num_label_classes = LabelEncCountingDetector.num_label_classes
+def test_adapter_is_asked_for(make_cfg):
+    """Of a detector that is unlike all that are known."""
 
-    cfg = make_cfg("quick/retinanet_R_18_labelenc_step1.yaml")
-    batch = [{"image": torch.rand(3, 64, 64), "instances": Instances((64, 64))}]
-    with pytest.raises(NotImplementedError, match="Incomplete has to define losses_from_features"):
-        Incomplete(cfg).train()(batch)
+    class Unknown(nn.Module):
+        pass
+
+    with pytest.raises(TypeError, match="no detector of the class Unknown: register a Detector"):
+        TrainingTask(Unknown(), [LabelEnc(step=1)])

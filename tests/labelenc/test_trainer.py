@@ -15,6 +15,7 @@ from detectron2.utils.analysis import FlopCountAnalysis
 from detectron2.utils.events import EventStorage
 
 from labelenc import LabelEncTrainer
+from labelenc.step1_file import labelenc_of
 from plaindet.data import register_coco_format
 from plaindet.engine import ending_process_group
 
@@ -34,14 +35,14 @@ def equal(first, second):
 class Recorder(HookBase):
     """Keeps the adapter's weights, the losses and the calls of the encoder of every iteration."""
 
-    def __init__(self, model):
-        self.model = model
+    def __init__(self, task):
+        self.labelenc = labelenc_of(task)
         self.calls = 0
         self.adapters, self.losses, self.encoder_calls = [clone(self.adapter())], [], []
-        model.label_encoder.register_forward_hook(self.count)
+        self.labelenc.label_encoder.register_forward_hook(self.count)
 
     def adapter(self):
-        return self.model.feature_adapter.state_dict()
+        return self.labelenc.feature_adapter.state_dict()
 
     def count(self, *_):
         self.calls += 1
@@ -57,7 +58,7 @@ class Recorder(HookBase):
 def train(cfg, resume=False):
     trainer = LabelEncTrainer(cfg)
     trainer.resume_or_load(resume)
-    recorder = Recorder(trainer.plain_model)
+    recorder = Recorder(trainer.task)
     trainer.register_hooks([recorder])
     trainer.train()
     return trainer, recorder
@@ -113,9 +114,11 @@ def test_step1_reconstruction_from_the_start(step1):
 def test_step1_file(step1):
     folder = step1["folder"]
     saved = torch.load(folder / "label_encoder.pth", weights_only=True)
-    model = step1["trainer"].plain_model
-    assert equal(saved["label_encoder"], model.label_encoder.state_dict())
-    assert equal(saved["head"], {f"head.{k}": v for k, v in model.head.state_dict().items()})
+    task = step1["trainer"].task
+    assert equal(saved["label_encoder"], labelenc_of(task).label_encoder.state_dict())
+    assert equal(
+        saved["head"], {f"head.{k}": v for k, v in task.detector.head.state_dict().items()}
+    )
     assert saved["description"] == {
         "detector": "RetinaNet",
         "num_classes": 3,
@@ -176,10 +179,11 @@ def test_step2_inherits_head_and_encoder_fpn(step2_cfg, step1, caplog):
     caplog.set_level(logging.INFO, "labelenc.step1_file")
     trainer.resume_or_load(resume=False)
     model, source = trainer.plain_model, step1["trainer"].plain_model
-    assert equal(model.label_encoder.state_dict(), source.label_encoder.state_dict())
+    encoder, expected = (labelenc_of(x.task).label_encoder for x in (trainer, step1["trainer"]))
+    assert equal(encoder.state_dict(), expected.state_dict())
     assert equal(model.head.state_dict(), source.head.state_dict())
 
-    after, encoder_fpn = model.state_dict(), source.label_encoder.state_dict()
+    after, encoder_fpn = model.state_dict(), expected.state_dict()
     # ResNet-18 has other widths than the encoder, so what reads its features cannot be inherited.
     kept = ("fpn_lateral3", "fpn_lateral4", "fpn_lateral5", "top_block.p6")
     for key in (key for key in after if key.startswith("backbone.")):
@@ -198,8 +202,8 @@ def test_step2_phases(step2_cfg, step1):
     # The adapter learns until the cut-off and then stays; the encoder is frozen.
     assert not equal(recorder.adapters[0], recorder.adapters[2])
     assert equal(recorder.adapters[2], recorder.adapters[4])
-    encoder = step1["trainer"].plain_model.label_encoder
-    assert equal(trainer.plain_model.label_encoder.state_dict(), encoder.state_dict())
+    encoder, expected = (labelenc_of(x.task).label_encoder for x in (trainer, step1["trainer"]))
+    assert equal(encoder.state_dict(), expected.state_dict())
     # No label map is drawn any more.
     dataset_dict = {"file_name": step2_cfg.DATASETS.COCO_FORMAT[0][2] + "/1.png", "annotations": []}
     assert "label_map" not in trainer.mapper(dataset_dict)
@@ -223,7 +227,7 @@ def test_step2_cut_off_reaches_forked_workers(step2_cfg):
     trainer = LabelEncTrainer(step2_cfg)
     batches = iter(trainer.data_loader)
     assert "label_map" in next(batches)[0]
-    trainer.mapper.stop_label_maps()
+    trainer.mapper.additions[0].stop_label_maps()
     prefetched = 4  # batches that the worker may have had ready
     assert any("label_map" not in next(batches)[0] for _ in range(prefetched))
 
@@ -233,7 +237,7 @@ def test_loss_normalizer_moves_once(make_cfg):
     model = trainer.plain_model
     batch = next(iter(trainer.data_loader))
     with EventStorage() as storage:
-        model(batch)
+        trainer.model(batch)
         positives = storage.latest()["num_pos_anchors"][0] * len(batch)
     assert model.loss_normalizer == pytest.approx(0.9 * 100 + 0.1 * positives)
 
@@ -263,7 +267,7 @@ def test_unmodified_detectron2_detects_the_same(step1, name):
     predictor = DefaultPredictor(cfg)
 
     model = build_model(step1["cfg"]).eval()
-    model.test_score_thresh = 0.0
+    model.detector.test_score_thresh = 0.0
     DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     for inputs in build_detection_test_loader(step1["cfg"], "tiny_val"):
         with torch.no_grad():
@@ -300,8 +304,8 @@ def test_resume_needs_no_step1_file(step2_cfg, step1, tmp_path):
     resumed.resume_or_load(resume=True)
     assert resumed.start_iter == 4
     assert equal(resumed.plain_model.state_dict(), first.plain_model.state_dict())
-    training_only = resumed.plain_model.training_only.state_dict()
-    assert equal(training_only, first.plain_model.training_only.state_dict())
+    training_only = resumed.task.training_only.state_dict()
+    assert equal(training_only, first.task.training_only.state_dict())
     resumed.train()
     assert resumed.iter == 6
 
@@ -316,20 +320,22 @@ SINGLE_RUN = (
 class EncoderRecorder(Recorder):
     """Keeps the weights of the encoder and of the backbone, too."""
 
-    def __init__(self, model):
-        super().__init__(model)
-        self.encoders, self.backbones = [clone(model.label_encoder.state_dict())], []
+    def __init__(self, task):
+        super().__init__(task)
+        self.detector = task.detector
+        self.encoders = [clone(self.labelenc.label_encoder.state_dict())]
+        self.backbones = []
 
     def after_step(self):
         super().after_step()
-        self.encoders.append(clone(self.model.label_encoder.state_dict()))
-        self.backbones.append(clone(self.model.backbone.state_dict()))
+        self.encoders.append(clone(self.labelenc.label_encoder.state_dict()))
+        self.backbones.append(clone(self.detector.backbone.state_dict()))
 
 
 def test_single_run(make_cfg):
     trainer = LabelEncTrainer(make_cfg(STEP1, *SINGLE_RUN))
     trainer.resume_or_load(resume=False)
-    recorder = EncoderRecorder(trainer.plain_model)
+    recorder = EncoderRecorder(trainer.task)
     trainer.register_hooks([recorder])
     trainer.train()
     # Step 1, and then step 2 with the constant label encoder of step 1, with its norms.
@@ -360,9 +366,9 @@ def test_single_run_with_a_warmup_beyond_step1(make_cfg):
 
 def test_single_run_has_the_losses_of_step2(make_cfg):
     trainer = LabelEncTrainer(make_cfg(STEP1, *SINGLE_RUN))
-    model = trainer.plain_model
-    model.begin_step2()
-    own = LabelEncTrainer(make_cfg(STEP2, "MODEL.LABELENC.LAMBDA", "2.0")).plain_model
+    model = trainer.task
+    labelenc_of(model).begin_step2()
+    own = LabelEncTrainer(make_cfg(STEP2, "MODEL.LABELENC.LAMBDA", "2.0")).task
     own.load_state_dict(model.state_dict())
     own.training_only.load_state_dict(model.training_only.state_dict())
     batch = next(iter(trainer.data_loader))
@@ -381,8 +387,8 @@ def test_single_run_resumes_exactly(make_cfg, tmp_path):
         resumed, recorder = train(cfg, resume=True)
         assert len(recorder.losses) == 6 - done
         assert equal(resumed.plain_model.state_dict(), whole.plain_model.state_dict())
-        training_only = resumed.plain_model.training_only.state_dict()
-        assert equal(training_only, whole.plain_model.training_only.state_dict())
+        training_only = resumed.task.training_only.state_dict()
+        assert equal(training_only, whole.task.training_only.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -429,7 +435,7 @@ def train_distributed(cfg):
     torch.set_num_threads(1)
     register_coco_format(cfg.DATASETS.COCO_FORMAT)
     trainer, recorder = train(cfg)
-    for parameter in trainer.plain_model.parameters():
+    for parameter in trainer.task.parameters():
         # The same on both, although they trained on different images.
         assert torch.equal(*comm.all_gather(parameter.detach()))
     if comm.is_main_process():

@@ -1,16 +1,16 @@
 """Both methods in one training, against each of them alone."""
 
+import logging
+
 import pytest
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils.events import EventStorage
 from iteration import check_needs_teacher, check_training_run
 
-import train_net
-from crosskd import CrossKDTrainer
 from labelenc import LabelEncTrainer
-from labelenc_crosskd import LabelEncCrossKDTrainer
-from plaindet.modeling import GFL, Teacher
+from plaindet.engine import PlainTrainer, Teacher, plain_cfg, training_methods
+from plaindet.modeling import GFL
 
 NAMES = {
     "retinanet": "RetinaNet",
@@ -68,20 +68,20 @@ def test_training_run(make_method_cfg):
     """It starts from the step-1 file, leaves LabelEnc out after the cut-off, and ends in the plain
     detector; the teacher and the label encoder do not change."""
     cfg = make_method_cfg("labelenc_crosskd", "gfl")
-    assert train_net.trainer_class(cfg) is LabelEncCrossKDTrainer
-    trainer = LabelEncCrossKDTrainer(cfg)
+    trainer = PlainTrainer(cfg)
     trainer.resume_or_load(resume=False)
-    model, step1 = trainer.plain_model, torch.load(cfg.MODEL.LABELENC.STEP1_FILE, weights_only=True)
+    model, labelenc = trainer.plain_model, trainer.task.training_only["LabelEnc"]
+    step1 = torch.load(cfg.MODEL.LABELENC.STEP1_FILE, weights_only=True)
     inherited = {key: model.state_dict()[key].clone() for key in step1["head"]}
     assert all(torch.equal(value, step1["head"][key]) for key, value in inherited.items())
 
     distances = []
-    auxiliary_loss = model.auxiliary_loss
-    model.auxiliary_loss = lambda *args: distances.append(auxiliary_loss(*args)) or distances[-1]
+    auxiliary_loss = labelenc.auxiliary_loss
+    labelenc.auxiliary_loss = lambda *args: distances.append(auxiliary_loss(*args)) or distances[-1]
     check_training_run(trainer, GFL, prepare)
     # The first is of the check for unused parameters.
     assert [x.item() > 0 for x in distances[1:]] == [True, True, False, False]
-    encoder = model.label_encoder.state_dict()
+    encoder = labelenc.label_encoder.state_dict()
     assert all(torch.equal(value, step1["label_encoder"][key]) for key, value in encoder.items())
     assert not all(torch.equal(value, model.state_dict()[k]) for k, value in inherited.items())
 
@@ -98,16 +98,17 @@ def test_resuming(make_cfg, make_method_cfg):
     teacher = build_model(make_cfg("quick/gfl_R_34_teacher.yaml", *wide))
     torch.save({"model": teacher.state_dict()}, cfg.MODEL.CROSSKD.TEACHER.WEIGHTS)
     cfg.MODEL.CROSSKD.TEACHER.OPTS += wide
-    first = LabelEncCrossKDTrainer(cfg)
+    first = PlainTrainer(cfg)
     first.resume_or_load(resume=False)
     first.train()
     cfg.SOLVER.MAX_ITER = 5
-    trainer = LabelEncCrossKDTrainer(cfg)
+    trainer = PlainTrainer(cfg)
     trainer.resume_or_load(resume=True)
     assert trainer.start_iter == 4
-    expected = first.plain_model.training_only.state_dict()
-    found = trainer.plain_model.training_only.state_dict()
-    assert {key.split(".")[0] for key in found} > {"feature_adapter", "cls_projection"}
+    expected = first.task.training_only.state_dict()
+    found = trainer.task.training_only.state_dict()
+    parts = {".".join(key.split(".")[:2]) for key in found}
+    assert parts > {"LabelEnc.feature_adapter", "CrossKD.cls_projection"}
     assert found.keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
     trainer.train()
@@ -115,22 +116,25 @@ def test_resuming(make_cfg, make_method_cfg):
 
 def test_step1_is_labelenc_s_own(make_method_cfg):
     cfg = make_method_cfg("labelenc_crosskd", "gfl", "MODEL.LABELENC.STEP", "1")
-    with pytest.raises(ValueError, match="STEP is 1, but LabelEncCrossKDGFL trains step 2"):
+    with pytest.raises(ValueError, match="STEP is 1, but together with CrossKD .* trains step 2"):
         build_model(cfg)
 
 
 @pytest.mark.parametrize("name", sorted({*NAMES.values()}))
-def test_trainers(read_cfg, name):
-    """Each method's meta-architectures are trained by its own trainer."""
+def test_short_names(read_cfg, caplog, name):
+    """They say what they are short for."""
     cfg = read_cfg("quick/gfl_R_18_labelenc_crosskd.yaml")
-    for method, trainer in (
-        ("LabelEncCrossKD", LabelEncCrossKDTrainer),
-        ("LabelEnc", LabelEncTrainer),
-        ("CrossKD", CrossKDTrainer),
+    for short, methods in (
+        ("LabelEncCrossKD", ["LabelEnc", "CrossKD"]),
+        ("LabelEnc", ["LabelEnc"]),
+        ("CrossKD", ["CrossKD"]),
     ):
-        cfg.MODEL.META_ARCHITECTURE = method + name
-        assert train_net.trainer_class(cfg) is trainer
-        plain = META_ARCH_REGISTRY.get(method + name).plain_class()
+        cfg.MODEL.META_ARCHITECTURE = short + name
+        assert training_methods(cfg) == methods
+        caplog.set_level(logging.INFO, "plaindet.engine.build")
+        assert plain_cfg(cfg).MODEL.META_ARCHITECTURE == name
+        assert f"{short}{name} is short for {name} with MODEL.TRAINING_METHODS" in caplog.text
+        plain = META_ARCH_REGISTRY.get(short + name).plain_class()
         assert plain is META_ARCH_REGISTRY.get(name)
 
 

@@ -9,7 +9,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-import train_net
+from plaindet.engine import PlainTrainer
 
 
 class Interruption(HookBase):
@@ -25,7 +25,7 @@ class Interruption(HookBase):
 
 def start(cfg, interrupt_at=None, resume=False):
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
-    trainer = train_net.trainer_class(cfg)(cfg)
+    trainer = PlainTrainer(cfg)
     trainer.test = lambda *_: {}
     trainer.resume_or_load(resume)
     if interrupt_at is not None:

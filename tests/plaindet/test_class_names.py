@@ -45,7 +45,7 @@ def on_turned(cfg, turned):
 
 def finished(cfg):
     """A run's final checkpoint, without a training."""
-    trainer = train_net.trainer_class(cfg)(cfg)
+    trainer = PlainTrainer(cfg)
     trainer.iter = 1
     trainer.checkpointer.save("model_final", iteration=1)
     return f"{cfg.OUTPUT_DIR}/model_final.pth"
@@ -87,7 +87,8 @@ def test_evaluation(make_cfg, turned, tmp_path, has_names):
 @pytest.mark.parametrize("has_names", [True, False])
 def test_step1_file(make_cfg, turned, has_names):
     step1 = LabelEncTrainer(make_cfg("quick/retinanet_R_18_labelenc_step1.yaml"))
-    step1._labelenc_hook.write_step1_file()
+    (labelenc,) = step1.task.methods
+    labelenc.write_files(step1.cfg.OUTPUT_DIR, step1.checkpointer.class_names)
     path = f"{step1.cfg.OUTPUT_DIR}/label_encoder.pth"
     if not has_names:
         content = torch.load(path)
@@ -110,11 +111,11 @@ def test_teacher(make_method_cfg, make_cfg, turned):
     weights = cfg.MODEL.CROSSKD.TEACHER.WEIGHTS
     content = torch.load(weights)
     torch.save({**content, "thing_classes": ["red", "green", "blue"]}, weights)
-    train_net.trainer_class(cfg)(cfg)
+    PlainTrainer(cfg)
     cfg = on_turned(cfg, turned)
     cfg.MODEL.CROSSKD.TEACHER.OPTS[-1] = "('turned_train',)"
     with pytest.raises(ValueError, match=f"The teacher {OTHER}"):
-        train_net.trainer_class(cfg)(cfg)
+        PlainTrainer(cfg)
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,14 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-import train_net
 from plaindet import config, read_config
-from plaindet.engine import write_plain_config
-from plaindet.modeling import build_teacher
+from plaindet.engine import build_teacher, write_plain_config
 
 TEACHER = "MODEL:\n  CROSSKD:\n    TEACHER:\n"
 
 
 def read_teacher(file):
-    return read_config(file, (), train_net.ADD_CONFIGS).MODEL.CROSSKD.TEACHER
+    return read_config(file).MODEL.CROSSKD.TEACHER
 
 
 @pytest.mark.parametrize("current", ["configs", "elsewhere"])

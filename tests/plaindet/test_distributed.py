@@ -15,9 +15,9 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-import train_net
+import train_net  # noqa: F401, which registers the methods in new processes
 from plaindet.data import register_coco_format
-from plaindet.engine import ending_process_group
+from plaindet.engine import PlainTrainer, ending_process_group
 from plaindet.seeding import seed_everything
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -55,16 +55,16 @@ NAMES = [f"{m} {d} {on} {' '.join(more)}".strip() for m, d, on, _, more in CASES
 def losses_and_gradients(cfg, distance_enabled):
     """Of the first batch; averaged over the processes."""
     seed_everything(0)
-    trainer = train_net.trainer_class(cfg)(cfg)
+    trainer = PlainTrainer(cfg)
     if distance_enabled is not None:
-        trainer.plain_model.distance_enabled = distance_enabled
+        trainer.task.training_only["LabelEnc"].distance_enabled = distance_enabled
     batch = next(iter(trainer.data_loader))
     files = {image["file_name"] for images in comm.all_gather(batch) for image in images}
     assert len(files) == 4  # the same four images, two in each process
     with EventStorage():
         losses = trainer.model(batch)
     sum(losses.values()).backward()
-    parameters = trainer.plain_model.named_parameters()
+    parameters = trainer.task.named_parameters()
     gradients = {name: p.grad for name, p in parameters if p.grad is not None}
     return comm.reduce_dict({k: v.detach() for k, v in losses.items()}), gradients
 

@@ -8,6 +8,7 @@ import torch
 from detectron2.utils.events import EventStorage
 
 import train_net
+from plaindet.engine import PlainTrainer
 
 CONFIG = "quick/retinanet_R_18_baseline.yaml"
 STEP1 = "quick/retinanet_R_18_labelenc_step1.yaml"
@@ -35,7 +36,7 @@ def poison(trainer, iteration):
 )
 def test_stops_before_the_step(make_method_cfg, method, detector, write_metrics):
     cfg = make_method_cfg(method, detector, "SOLVER.CHECKPOINT_PERIOD", "1")
-    trainer = train_net.trainer_class(cfg)(cfg)
+    trainer = PlainTrainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer._trainer.async_write_metrics = write_metrics == "asynchronously"
     trainer._trainer.gather_metric_period = 100 if write_metrics == "rarely" else 1
@@ -68,7 +69,7 @@ def test_stops_before_the_step(make_method_cfg, method, detector, write_metrics)
 def test_divergence_inside_the_model(make_method_cfg, detector):
     """A check in there comes before the losses; the report is the same."""
     cfg = make_method_cfg("baseline", detector)
-    trainer = train_net.trainer_class(cfg)(cfg)
+    trainer = PlainTrainer(cfg)
     poison(trainer, 2)
     with pytest.raises(FloatingPointError) as error:
         trainer.train()
@@ -96,7 +97,7 @@ def test_weights_that_were_not_finite_before(make_cfg):
         (CONFIG, "head.cls_score.bias"),
         (
             "quick/retinanet_R_18_labelenc_step1.yaml",
-            "training_only.label_encoder.fpn_output3.bias",
+            "training_only.LabelEnc.label_encoder.fpn_output3.bias",
         ),
         (CONFIG, "backbone.bottom_up.stem.conv1.norm.running_var"),
     ],
@@ -104,13 +105,14 @@ def test_weights_that_were_not_finite_before(make_cfg):
 def test_weights_that_are_not_finite_are_not_written(make_cfg, config, name):
     """As after a gradient that is not finite, of losses that are."""
     cfg = make_cfg(config, "MODEL.FPN.NORM", "")
-    trainer = train_net.trainer_class(cfg)(cfg)
+    trainer = PlainTrainer(cfg)
     trainer.checkpointer.save("model_0000000", iteration=0)
     folder = Path(cfg.OUTPUT_DIR)
     before = {path: path.read_bytes() for path in folder.glob("*.pth")}
     with torch.no_grad():
-        tensors = (*trainer.plain_model.named_parameters(), *trainer.plain_model.named_buffers())
-        dict(tensors)[name][0] = float("nan")
+        task = trainer.task
+        tensors = (*task.named_parameters(), *task.named_buffers())
+        {key.removeprefix("detector."): tensor for key, tensor in tensors}[name][0] = float("nan")
     with pytest.raises(FloatingPointError, match=f"No checkpoint is written.*{name}"):
         trainer.checkpointer.save("model_0000001", iteration=1)
     assert {path: path.read_bytes() for path in folder.glob("*.pth*")} == before

@@ -9,8 +9,8 @@ from detectron2.utils.events import EventStorage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import train_net
 from plaindet.data import check_records
+from plaindet.engine import PlainTrainer
 
 sides = st.floats(-1e3, 1e3) | st.floats() | st.sampled_from([0.0, 1e-5, 64.0, 80.0])
 annotations = st.fixed_dictionaries(
@@ -47,9 +47,8 @@ lists = st.lists(good_annotations, max_size=6) | st.lists(annotations, max_size=
 )
 def test_random_annotations(make_method_cfg, method, detector):
     cfg = make_method_cfg(method, detector)
-    trainer_class = train_net.trainer_class(cfg)
-    model = trainer_class.build_model(cfg).train()
-    mapper = trainer_class.build_train_mapper(cfg)
+    model = PlainTrainer.build_model(cfg).train()
+    mapper = PlainTrainer.build_train_mapper(cfg)
     record = DatasetCatalog.get("tiny_train")[0]
 
     # Without randomness of its own, so that it fails for everybody or for nobody.

@@ -9,13 +9,13 @@ from detectron2.modeling import build_model
 from torch.nn import functional as F
 
 from plaindet import read_config
-from plaindet.mmdet_weights import (
+from plaindet.converters.mmdet_weights import (
     convert_mmdet_weights,
     find_network,
     load_mmdet_weights,
     mmdet_config,
 )
-from plaindet.modeling.teacher import CompleteCheckpointer
+from plaindet.engine import CompleteCheckpointer
 
 import convert_mmdet
 

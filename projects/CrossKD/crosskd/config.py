@@ -12,26 +12,28 @@ def add_crosskd_config(cfg: CfgNode) -> None:
     cfg.MODEL.CROSSKD.TEACHER.CONFIG_FILE = ""
     cfg.MODEL.CROSSKD.TEACHER.WEIGHTS = ""
     cfg.MODEL.CROSSKD.TEACHER.OPTS = []
-    # After which convolution of the subnets features change the head. 0: the FPN's features. In
-    # Faster and Mask R-CNN: after which layer of the box head; 0: the pooled features.
-    cfg.MODEL.CROSSKD.POSITION = 3
+    # Where a default is None, it is that of the detector's family: of the constructors of
+    # DenseCrossKD, TwoStageCrossKD and DETRCrossKD.
+    # After which activation of the head's towers features change the head. 0: the FPN's features.
+    # In Faster and Mask R-CNN: after which layer of the box head; 0: the pooled features.
+    cfg.MODEL.CROSSKD.POSITION = None
     # "a" to "d" as in Fig. 1 of the supplement ("a" is CrossKD), or "mimicking": the student's own
     # predictions imitate the teacher's. Faster and Mask R-CNN have "a" and "mimicking".
     cfg.MODEL.CROSSKD.STRATEGY = "a"
     # Classification: "qfl", the quality focal loss with CLS_GAMMA (Eq. 3), or "bce" (Table 1).
     # Faster and Mask R-CNN, whose classes and background are one distribution, have "kl" (Eq. 2)
     # with CLS_TEMPERATURE, or "qfl" of the probabilities.
-    cfg.MODEL.CROSSKD.CLS_LOSS = "qfl"
+    cfg.MODEL.CROSSKD.CLS_LOSS = None
     cfg.MODEL.CROSSKD.CLS_GAMMA = 1.0
     cfg.MODEL.CROSSKD.CLS_TEMPERATURE = 1.0
-    cfg.MODEL.CROSSKD.CLS_WEIGHT = 1.0
+    cfg.MODEL.CROSSKD.CLS_WEIGHT = None
     # Where the classification is distilled: "all", or the "positive" or "negative" positions of the
     # student's assignment (Table 1).
     cfg.MODEL.CROSSKD.CLS_REGION = "all"
     # Boxes: "giou", "iou" or "l1" of decoded boxes; "kl" of GFL's distributions (Eq. 2), with
     # BOX_TEMPERATURE. In Faster and Mask R-CNN "l1" is of the box deltas, which are relative to the
     # size of the region.
-    cfg.MODEL.CROSSKD.BOX_LOSS = "giou"
+    cfg.MODEL.CROSSKD.BOX_LOSS = None
     cfg.MODEL.CROSSKD.BOX_TEMPERATURE = 1.0
     cfg.MODEL.CROSSKD.BOX_WEIGHT = 1.0
     # Weight of the centerness loss, where the detector has a centerness. 0: none.

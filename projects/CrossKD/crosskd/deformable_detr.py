@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from detectron2.config import CfgNode, configurable, get_cfg
-from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.structures import ImageList
 from torch import nn
 from torchvision.ops import box_convert
 
-from plaindet.modeling import DeformableDETR, Teacher
+from plaindet.engine import Teacher
+from plaindet.engine.adapters import DETRAdapter
 
-from .config import add_crosskd_config
-from .distiller import CrossKDDistiller, check_equal, check_option
 from .losses import box_loss, quality_focal_loss
+from .method import CrossKD, check_equal, check_option
 
 if TYPE_CHECKING:
     from plaindet.modeling.deformable_transformer import Memory, Predictions, StageInputs
 
-# The keys of MODEL.CROSSKD that mean something here.
-KEYS = ("TEACHER", "QUERIES", "CLS_LOSS", "CLS_GAMMA", "CLS_WEIGHT", "BOX_WEIGHT")
 
+class DETRCrossKD(CrossKD):
+    """CrossKD for Deformable DETR (supplement, Table 3). For each decoder layer of the teacher it
+    adds, with suffixes as the plain losses have them,
 
-@META_ARCH_REGISTRY.register()
-class CrossKDDeformableDETR(CrossKDDistiller, DeformableDETR):
-    """Deformable DETR trained with CrossKD (supplement, Table 3).
+    * `loss_kd_cls`: D_pred of the classes
+    * `loss_kd_box` (L1) and `loss_kd_giou`: D_pred of the boxes
 
     Each decoder layer of the teacher reads the student's memory (the encoder's output), with the
     same queries and references as when it reads the teacher's. Its predictions from the student's
@@ -35,71 +33,56 @@ class CrossKDDeformableDETR(CrossKDDistiller, DeformableDETR):
     from the ground truth alone, or optionally the student's.
     """
 
-    @configurable
+    adapter_class = DETRAdapter
+
     def __init__(
         self,
         *,
         queries: str = "teacher",
-        cls_gamma: float = 0.0,
+        cls_loss: str = "qfl",
+        cls_gamma: float = 1.0,
         cls_weight: float = 1.0,
         box_weight: float = 1.0,
-        **detector,
+        teacher: Teacher | Callable[[], Teacher] | None = None,
     ):
         """
         Args:
             queries: "teacher" or "student": whose queries and references go into the layers.
-            cls_gamma: of the quality focal loss; 0 is the binary cross entropy.
+            cls_loss: "qfl", the quality focal loss with `cls_gamma`, or "bce".
             cls_weight: of the class loss.
             box_weight: of the L1 and the GIoU loss, beside the weights of the detection losses.
-            detector: the arguments of the plain meta-architecture.
+            teacher: see :class:`CrossKD`.
 
         Raises:
             ValueError: an option has an unknown value.
         """
-        super().__init__(**detector)
+        super().__init__(teacher)
         check_option("CROSSKD.QUERIES", queries, ("teacher", "student"))
-        self.queries = queries
-        self.cls_gamma = cls_gamma
+        check_option("CROSSKD.CLS_LOSS", cls_loss, ("qfl", "bce"))
+        self.source_of_queries = queries
+        self.cls_gamma = cls_gamma if cls_loss == "qfl" else 0.0
         self.cls_weight = cls_weight
         self.box_weight = box_weight
 
-    @classmethod
-    def from_config(cls, cfg):
-        crosskd = cfg.MODEL.CROSSKD
-        _check_other_keys(crosskd)
-        check_option("CROSSKD.CLS_LOSS", crosskd.CLS_LOSS, ("qfl", "bce"))
-        return {
-            **super().from_config(cfg),
-            "queries": crosskd.QUERIES,
-            "cls_gamma": crosskd.CLS_GAMMA if crosskd.CLS_LOSS == "qfl" else 0.0,
-            "cls_weight": crosskd.CLS_WEIGHT,
-            "box_weight": crosskd.BOX_WEIGHT,
-        }
+    def check_student(self):
+        self.adapter.position = 0  # the encoder's output
 
-    def set_teacher(self, teacher: Teacher) -> None:
-        """Takes a trained detector as the teacher. Where its transformer has another width, learned
-        linear projections adapt what goes into it; so this comes before an optimizer is built.
-
-        Raises:
-            ValueError: it does not fit, see :meth:`check_teacher`.
-        """
-        super().set_teacher(teacher)
-        source, target = self.transformer.hidden_dim, teacher.model.transformer.hidden_dim
+    def build_projections(self):
+        """Linear layers, where the teacher's transformer has another width."""
+        both = (self.adapter, self.teacher_adapter)
+        source, target = (x.detector.transformer.hidden_dim for x in both)
         if source != target:
-            adapted = (
-                ["memory"] if self.queries == "teacher" else ["memory", "queries", "positions"]
-            )
-            for name in adapted:
-                self.training_only[name] = nn.Linear(source, target).to(self.device)
+            of_student = self.source_of_queries == "student"
+            for name in ("memory", *(("queries", "positions") if of_student else ())):
+                self.add_module(name, nn.Linear(source, target))
 
-    def check_teacher(self, teacher: Teacher) -> None:
+    def check_teacher(self):
         """
         Raises:
-            ValueError: its meta-architecture, classes or levels are not the student's, or with the
-                student's queries its decoder layers, box refinement or stages.
+            ValueError: its classes or levels are not the student's, or with the student's queries
+                its decoder layers, box refinement or stages.
         """
-        super().check_teacher(teacher)
-        both = (teacher.model, self)
+        both = [x.detector for x in (self.teacher_adapter, self.adapter)]
         shapes = [[x.backbone.output_shape()[name] for name in x.in_features] for x in both]
         check_equal(
             {
@@ -111,7 +94,7 @@ class CrossKDDeformableDETR(CrossKDDistiller, DeformableDETR):
                 "number of feature levels": [x.transformer.num_levels for x in both],
             }
         )
-        if self.queries == "student":
+        if self.source_of_queries == "student":
             transformers = [x.transformer for x in both]
             check_equal(
                 {
@@ -121,33 +104,21 @@ class CrossKDDeformableDETR(CrossKDDistiller, DeformableDETR):
                 }
             )
 
-    def training_losses(
-        self, batched_inputs: list[dict], images: ImageList, features: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """The losses of an iteration: the plain detector's, and for each decoder layer of the
-        teacher, with suffixes as the plain ones,
-
-        * `loss_kd_cls`: D_pred of the classes
-        * `loss_kd_box` (L1) and `loss_kd_giou`: D_pred of the boxes
-        """
-        memory = self.encode(features, images)
-        decoded = self.transformer.decode(memory)
-        targets = self.targets(batched_inputs)
-        losses = self.losses(decoded, targets)
-
+    def losses(self, batched_inputs, seen):
+        memory, decoded, num_boxes = seen.head
+        teacher = self.teacher_adapter
         with torch.no_grad():
-            features = self.teacher.features(batched_inputs, self.input_format, self.device)
-            teacher_memory = self.teacher.model.encode(features, images)
-        if self.queries == "teacher":
+            features = self.teacher_features(batched_inputs)
+            teacher_memory = teacher.detector.encode(features, seen.images)
+        if self.source_of_queries == "teacher":
             with torch.no_grad():
-                stages, expected, _ = self.teacher.model.transformer.decode(teacher_memory)
+                stages, expected, _ = teacher.detector.transformer.decode(teacher_memory)
         else:
             stages = [self._adapt_queries(inputs) for inputs in decoded.inputs]
             with torch.no_grad():
                 expected = self.predictions_of_teacher(stages, teacher_memory)
         cross_head = self.predictions_of_teacher(stages, self._adapt_memory(memory))
-        losses.update(self.distillation_losses(cross_head, expected, self.num_boxes(targets)))
-        return losses
+        return self.distillation_losses(cross_head, expected, num_boxes)
 
     def predictions_of_teacher(
         self, stages: list[StageInputs], memory: Memory
@@ -158,7 +129,7 @@ class CrossKDDeformableDETR(CrossKDDistiller, DeformableDETR):
             stages: the inputs of each layer.
             memory: what the layers read, of the teacher's width.
         """
-        transformer = self.teacher.model.transformer
+        transformer = self.teacher_adapter.detector.transformer
         return [transformer.run_stage(i, inputs, memory)[1] for i, inputs in enumerate(stages)]
 
     def distillation_losses(
@@ -167,7 +138,7 @@ class CrossKDDeformableDETR(CrossKDDistiller, DeformableDETR):
         """D_pred between the predictions of each layer and their constant target. The box losses of
         a query are weighted by the confidence of its target, the highest class probability; all
         are divided by the number of objects, as the detection losses are."""
-        losses = {}
+        losses, weights = {}, self.adapter.detector.criterion.weights
         for i, (found, target) in enumerate(zip(predictions, expected)):
             suffix = "" if i == len(expected) - 1 else f"_{i}"
             confidence = target.logits.amax(dim=-1).sigmoid()  # r
@@ -177,12 +148,12 @@ class CrossKDDeformableDETR(CrossKDDistiller, DeformableDETR):
                 ("loss_kd_cls", self.cls_weight, loss_cls.sum(dim=-1)),
                 (
                     "loss_kd_box",
-                    self.box_weight * self.criterion.weights["loss_box_reg"],
+                    self.box_weight * weights["loss_box_reg"],
                     box_loss(found.boxes, target.boxes, "l1") * confidence,
                 ),
                 (
                     "loss_kd_giou",
-                    self.box_weight * self.criterion.weights["loss_giou"],
+                    self.box_weight * weights["loss_giou"],
                     box_loss(*corners, "giou") * confidence,
                 ),
             ):
@@ -190,27 +161,13 @@ class CrossKDDeformableDETR(CrossKDDistiller, DeformableDETR):
         return losses
 
     def _adapt_memory(self, memory: Memory) -> Memory:
-        return memory._replace(features=self._adapt("memory", memory.features))
+        return memory._replace(features=self.project("memory", memory.features))
 
     def _adapt_queries(self, inputs: StageInputs) -> StageInputs:
         """The student's inputs of a layer for the teacher's. The references are as constant as they
         are for the layers of the student behind the first."""
         return inputs._replace(
-            queries=self._adapt("queries", inputs.queries),
-            positions=self._adapt("positions", inputs.positions),
+            queries=self.project("queries", inputs.queries),
+            positions=self.project("positions", inputs.positions),
             reference=inputs.reference.detach(),
         )
-
-    def _adapt(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return self.training_only[name](x) if name in self.training_only else x
-
-
-def _check_other_keys(crosskd: CfgNode) -> None:
-    default = get_cfg()
-    add_crosskd_config(default)
-    for key, value in default.MODEL.CROSSKD.items():
-        if key not in KEYS and crosskd[key] != value:
-            raise ValueError(
-                f"MODEL.CROSSKD.{key} is {crosskd[key]!r}, but means nothing for Deformable DETR: "
-                f"leave it at {value!r}"
-            )

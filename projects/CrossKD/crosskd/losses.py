@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from plaindet.modeling import losses
+
 from .alignment import standardize
 
 EPSILON = 1e-6
@@ -17,8 +19,8 @@ EPSILON = 1e-6
 def quality_focal_loss(
     logits: torch.Tensor, teacher_logits: torch.Tensor, gamma: float = 1.0
 ) -> torch.Tensor:
-    """|sigma(p) - sigma(p')|^gamma * BCE(sigma(p), sigma(p')) (Eq. 3). The gradient also flows
-    through the modulating factor. With `gamma` 0 it is the BCE of Table 1.
+    """Eq. 3, the quality focal loss to the teacher's probabilities, which with `gamma` 0 is the BCE
+    of Table 1.
 
     Args:
         logits, teacher_logits: of one shape.
@@ -26,9 +28,7 @@ def quality_focal_loss(
     Returns:
         of the same shape
     """
-    logits, target = logits.float(), teacher_logits.float().sigmoid()
-    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return loss * (logits.sigmoid() - target).abs().pow(gamma) if gamma > 0 else loss
+    return losses.quality_focal_loss(logits.float(), teacher_logits.float().sigmoid(), gamma)
 
 
 def probability_logits(logits: torch.Tensor) -> torch.Tensor:

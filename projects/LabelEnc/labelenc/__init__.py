@@ -2,26 +2,30 @@
 
 import plaindet  # first, since it says so where Detectron2 is missing
 
+# isort: split
+from plaindet.engine import SHORT_NAMES, former_base
+from plaindet.engine import PlainTrainer as LabelEncTrainer
+
 from .config import add_labelenc_config
-from .dataset_mapper import LabelMapDatasetMapper
-from .dense import (
-    LabelEncATSS,
-    LabelEncDenseDetector,
-    LabelEncFCOS,
-    LabelEncGFL,
-    LabelEncRetinaNet,
-)
-from .detector import LabelEncDetector
+from .dataset_mapper import LabelMapDatasetMapper, LabelMaps
 from .distance import FeatureAdapter, feature_distance
 from .hook import LabelEncHook, build_labelenc_hook
 from .label_encoder import LabelEncoder, build_label_encoder
 from .label_map import LabelMap
+from .method import LabelEnc
 from .step1_file import inherit_step1_file, inherit_teacher, save_step1_file
-from .trainer import LabelEncTrainer
-from .two_stage import LabelEncGeneralizedRCNN
+
+LabelEncATSS = SHORT_NAMES["LabelEncATSS"]
+LabelEncFCOS = SHORT_NAMES["LabelEncFCOS"]
+LabelEncGFL = SHORT_NAMES["LabelEncGFL"]
+LabelEncGeneralizedRCNN = SHORT_NAMES["LabelEncGeneralizedRCNN"]
+LabelEncRetinaNet = SHORT_NAMES["LabelEncRetinaNet"]
+LabelEncDetector = former_base("LabelEncDetector", "LabelEnc")
+LabelEncDenseDetector = former_base("LabelEncDenseDetector", "LabelEnc")
 
 __all__ = [
     "FeatureAdapter",
+    "LabelEnc",
     "LabelEncATSS",
     "LabelEncDenseDetector",
     "LabelEncDetector",
@@ -34,6 +38,7 @@ __all__ = [
     "LabelEncoder",
     "LabelMap",
     "LabelMapDatasetMapper",
+    "LabelMaps",
     "add_labelenc_config",
     "build_label_encoder",
     "build_labelenc_hook",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode
 from detectron2.structures import Instances
 
 from plaindet.data import PlainDatasetMapper
@@ -21,53 +21,46 @@ def random_ramp_scale(num_objects: int) -> torch.Tensor:
     return (2 * torch.rand(num_objects)).clamp(max=1)
 
 
-class LabelMapDatasetMapper(PlainDatasetMapper):
-    """Detectron2's mapper, which also adds `"label_map"`: the :class:`LabelMap` of the image after
+class LabelMaps:
+    """Adds `"label_map"` to a sample of the training data: the :class:`LabelMap` of the image after
     all augmentations, at the image's size (not padded)."""
 
-    @configurable
-    def __init__(self, is_train: bool = True, *, use_masks: bool, augment: bool, **kwargs):
+    def __init__(self, *, use_masks: bool = False, augment: bool = False):
         """
         Args:
-            is_train: label maps are made in training only.
-            use_masks: draw masks (Sec. 4.5) and not boxes; needs `use_instance_mask`.
+            use_masks: draw masks (Sec. 4.5) and not boxes.
             augment: scale each object's ramp at random (step 1).
-            kwargs: as for :class:`detectron2.data.DatasetMapper`.
         """
-        super().__init__(is_train, **kwargs)
-        if use_masks and not self.use_instance_mask:
-            raise ValueError(
-                "MODEL.LABELENC.LABEL_MAP is 'masks', which needs MODEL.MASK_ON: True and a data "
-                "set with masks"
-            )
         self.use_masks = use_masks
         self.augment = augment
         # In shared memory, so that `stop_label_maps` reaches forked data loader workers.
         self._draws_label_maps = torch.ones(1, dtype=torch.bool).share_memory_()
 
     @classmethod
-    def from_config(cls, cfg, is_train: bool = True):
+    def from_config(cls, cfg: CfgNode) -> LabelMaps:
+        """
+        Raises:
+            ValueError: MODEL.LABELENC.LABEL_MAP is unknown, or needs masks that are not read.
+        """
         label_map = cfg.MODEL.LABELENC.LABEL_MAP
         if label_map not in ("boxes", "masks"):
             raise ValueError(
                 f"MODEL.LABELENC.LABEL_MAP is {label_map!r}, expected 'boxes' or 'masks'"
             )
-        return {
-            **super().from_config(cfg, is_train),
-            "use_masks": label_map == "masks",
-            "augment": cfg.MODEL.LABELENC.STEP == 1,
-        }
+        if label_map == "masks" and not cfg.MODEL.MASK_ON:
+            raise ValueError(
+                "MODEL.LABELENC.LABEL_MAP is 'masks', which needs MODEL.MASK_ON: True and a data "
+                "set with masks"
+            )
+        return cls(use_masks=label_map == "masks", augment=cfg.MODEL.LABELENC.STEP == 1)
 
     def stop_label_maps(self) -> None:
         """No more label maps from here on, since nobody reads them."""
         self._draws_label_maps.fill_(False)
 
-    def __call__(self, dataset_dict):
-        """As :class:`detectron2.data.DatasetMapper`, with `"label_map"`."""
-        dataset_dict = super().__call__(dataset_dict)
-        if self.is_train and "instances" in dataset_dict and self._draws_label_maps:
-            dataset_dict["label_map"] = self._label_map(dataset_dict["instances"])
-        return dataset_dict
+    def __call__(self, sample: dict) -> None:
+        if self._draws_label_maps:
+            sample["label_map"] = self._label_map(sample["instances"])
 
     def _label_map(self, instances: Instances) -> LabelMap:
         scale = random_ramp_scale(len(instances)) if self.augment else None
@@ -76,3 +69,12 @@ class LabelMapDatasetMapper(PlainDatasetMapper):
         if self.use_masks and instances.has("gt_masks"):
             return LabelMap.from_masks(instances.gt_masks, *arguments)
         return LabelMap.from_boxes(*arguments)
+
+
+class LabelMapDatasetMapper(PlainDatasetMapper):
+    """Detectron2's mapper, which also adds label maps: for a data loader of one's own."""
+
+    @classmethod
+    def from_config(cls, cfg, is_train: bool = True):
+        additions = [LabelMaps.from_config(cfg)]
+        return {**super().from_config(cfg, is_train), "additions": additions}

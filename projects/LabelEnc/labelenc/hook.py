@@ -5,20 +5,24 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from .dataset_mapper import LabelMapDatasetMapper
-from .detector import LabelEncDetector
-from .step1_file import FILE_NAME, save_step1_file
+from plaindet.engine import IdleGradients, TrainingTask
+
+from .dataset_mapper import LabelMaps
+from .step1_file import FILE_NAME, labelenc_of, save_step1_file
+
+if TYPE_CHECKING:
+    from .method import LabelEnc
 
 logger = logging.getLogger(__name__)
 
 
-class LabelEncHook(HookBase):
+class LabelEncHook(IdleGradients):
     """The phases of LabelEnc (Sec. 4.1), for any trainer of Detectron2:
 
     * switches L3 on for the iterations in [start, stop), and in step 2 the auxiliary loss until
@@ -34,10 +38,10 @@ class LabelEncHook(HookBase):
 
     def __init__(
         self,
-        model: LabelEncDetector,
+        task: TrainingTask | LabelEnc,
         start: int,
         stop: int,
-        mapper: LabelMapDatasetMapper | None = None,
+        label_maps: LabelMaps | None = None,
         step1_file: str = "",
         period: int = 5000,
         class_names: Sequence[str] | None = None,
@@ -45,81 +49,59 @@ class LabelEncHook(HookBase):
     ):
         """
         Args:
-            model: without wrapper.
+            task: without wrapper.
             start, stop: iterations, counted from 0.
-            mapper: the source of label maps, if nobody needs them from `stop` on.
+            label_maps: their source, if nobody needs them from `stop` on.
             step1_file: where to write the step-1 file; empty: nowhere.
             period: iterations between its writes.
             class_names: to write into it; None: unknown.
             step2_start: the iteration at which a run that began as step 1 goes on as step 2.
         """
-        self.model = model
+        self.labelenc = labelenc_of(task)
+        super().__init__(self.labelenc)
         self.start = start
         self.stop = stop
-        self.mapper = mapper
+        self.label_maps = label_maps
         self.step1_file = step1_file
         self.period = period
         self.class_names = class_names
         self.step2_start = step2_start
-        self._optimizer_hook = None
-
-    def before_train(self):
-        self._optimizer_hook = self.trainer.optimizer.register_step_pre_hook(
-            self._remove_zero_gradients
-        )
 
     def before_step(self):
-        iteration, model = self.trainer.iter, self.model
-        if self.step2_start is not None and iteration >= self.step2_start and model.step == 1:
-            model.begin_step2()
+        iteration, labelenc = self.trainer.iter, self.labelenc
+        if self.step2_start is not None and iteration >= self.step2_start and labelenc.step == 1:
+            labelenc.begin_step2()
         # The warm-up is step 1's.
-        is_on = (model.step == 2 or self.start <= iteration) and iteration < self.stop
-        model.distance_enabled = is_on and model.distance_weight != 0
-        if self.mapper is not None and iteration >= self.stop:
-            self.mapper.stop_label_maps()
-
-    def _remove_zero_gradients(self, *_) -> None:
-        idle = []
-        if not self.model.distance_enabled:
-            idle += self.model.feature_adapter.parameters()
-        if self.model.step == 2 and self.model.label_encoder is not None:
-            idle += self.model.label_encoder.parameters()
-        for parameter in idle:
-            parameter.grad = None
+        is_on = (labelenc.step == 2 or self.start <= iteration) and iteration < self.stop
+        labelenc.distance_enabled = is_on and labelenc.distance_weight != 0
+        if self.label_maps is not None and iteration >= self.stop:
+            self.label_maps.stop_label_maps()
 
     def after_step(self):
         done = self.trainer.iter + 1
-        if done % self.period == 0 or done == self.trainer.max_iter:
-            self.write_step1_file()
-
-    def write_step1_file(self) -> None:
-        """Writes it now, in the main process."""
-        if self.step1_file and comm.is_main_process():
-            save_step1_file(self.model, self.step1_file, self.class_names)
-
-    def after_train(self):
-        if self._optimizer_hook is not None:
-            self._optimizer_hook.remove()
+        is_due = done % self.period == 0 or done == self.trainer.max_iter
+        if is_due and self.step1_file and comm.is_main_process():
+            save_step1_file(self.labelenc, self.step1_file, self.class_names)
 
 
 def build_labelenc_hook(
-    cfg: CfgNode, model: LabelEncDetector, mapper: LabelMapDatasetMapper | None = None
+    cfg: CfgNode, task: TrainingTask | LabelEnc, label_maps: LabelMaps | None = None
 ) -> LabelEncHook:
     """The hook of a run by its config: WARMUP_ITERS, STEP1_ITERS, CUTOFF_ITERS, and in step 1 the
     step-1 file `OUTPUT_DIR/label_encoder.pth`, every SOLVER.CHECKPOINT_PERIOD iterations.
 
     Args:
-        model: without wrapper.
-        mapper: of the training data, which then draws no label maps after the cut-off.
+        task: without wrapper.
+        label_maps: of the training data, which then end with the cut-off.
 
     Raises:
         ValueError: STEP1_ITERS is not a part of step 1 that trains the image branch.
     """
-    labelenc, max_iter = cfg.MODEL.LABELENC, cfg.SOLVER.MAX_ITER
+    method, labelenc, max_iter = labelenc_of(task), cfg.MODEL.LABELENC, cfg.SOLVER.MAX_ITER
     start, stop, step1_file, step2_start = 0, max_iter, "", None
     if labelenc.STEP1_ITERS:
         step2_start = labelenc.STEP1_ITERS
-        if labelenc.STEP != 1 or not model.trains_image_branch or not 0 < step2_start < max_iter:
+        if labelenc.STEP != 1 or not method.trains_detector or not 0 < step2_start < max_iter:
             raise ValueError(
                 f"MODEL.LABELENC.STEP1_ITERS is {step2_start}, with STEP {labelenc.STEP}, LAMBDA1 "
                 f"{labelenc.LAMBDA1:g}, LAMBDA2 {labelenc.LAMBDA2:g} and SOLVER.MAX_ITER "
@@ -134,9 +116,9 @@ def build_labelenc_hook(
         if labelenc.LAMBDA == 0:
             stop = step2_start or 0
     else:
-        mapper = None
+        label_maps = None
     first = start if step2_start is None else min(start, step2_start)
-    if first >= stop and model.distance_weight != 0:
+    if first >= stop and method.distance_weight != 0:
         key = "WARMUP_ITERS" if labelenc.STEP == 1 else "CUTOFF_ITERS"
         logger.warning(
             f"The distance loss is never switched on: MODEL.LABELENC.{key} {labelenc[key]}, "
@@ -144,4 +126,4 @@ def build_labelenc_hook(
         )
     classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
     period = cfg.SOLVER.CHECKPOINT_PERIOD
-    return LabelEncHook(model, start, stop, mapper, step1_file, period, classes, step2_start)
+    return LabelEncHook(method, start, stop, label_maps, step1_file, period, classes, step2_start)

@@ -18,19 +18,22 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from plaindet.engine import TrainingTask, adapter_of
 from plaindet.files import write_atomically
 from plaindet.loading import load_tensors
 from plaindet.messages import some_of
 from plaindet.modeling import check_class_names
 from plaindet.modeling.class_names import ENTRY as CLASSES
 
-from .detector import LabelEncDetector
+if TYPE_CHECKING:
+    from .method import LabelEnc
 
 FILE_NAME = "label_encoder.pth"
 VERSION = 3
@@ -38,39 +41,47 @@ VERSION = 3
 logger = logging.getLogger(__name__)
 
 
-def describe(model: LabelEncDetector) -> dict:
-    """What a step-1 file has to agree on with the detector that uses it: the class of the plain
-    detector, the number of classes, the FPN's levels as {name: [channels, stride]} and how they are
-    made, what label maps are drawn from, and the head's settings."""
-    shapes, top_block = model.label_encoder.output_shape(), model.label_encoder.top_block
+def labelenc_of(task: TrainingTask | LabelEnc) -> LabelEnc:
+    """The method of a task that trains with LabelEnc."""
+    return task.training_only["LabelEnc"] if isinstance(task, TrainingTask) else task
+
+
+def describe(labelenc: LabelEnc) -> dict:
+    """What a step-1 file has to agree on with the detector that uses it: the class of the detector,
+    the number of classes, the FPN's levels as {name: [channels, stride]} and how they are made,
+    what label maps are drawn from, and the head's settings."""
+    encoder = labelenc.label_encoder
+    shapes, top_block = encoder.output_shape(), encoder.top_block
     extra_levels = top_block and f"{type(top_block).__name__} on {top_block.in_feature}"
     return {
-        "detector": model.plain_class().__name__,
-        "num_classes": model.label_encoder.bottom_up.num_classes,
+        "detector": type(labelenc.adapter.detector).__name__,
+        "num_classes": encoder.bottom_up.num_classes,
         "fpn": {name: [shape.channels, shape.stride] for name, shape in shapes.items()},
-        "fuse_type": model.label_encoder._fuse_type,
+        "fuse_type": encoder._fuse_type,
         "extra_levels": extra_levels,
-        "label_map": model.label_map,
-        "settings": model.head_settings(model),
+        "label_map": labelenc.label_map,
+        "settings": labelenc.adapter.head_settings,
     }
 
 
 def save_step1_file(
-    model: LabelEncDetector, path: str, class_names: Sequence[str] | None = None
+    task: TrainingTask | LabelEnc, path: str, class_names: Sequence[str] | None = None
 ) -> None:
-    """Writes the step-1 file of a model in training to `path`; a file there is replaced at once,
+    """Writes the step-1 file of a task in training to `path`; a file there is replaced at once,
     so that it is whole whenever the run is killed.
 
     Raises:
         FloatingPointError: a weight is infinite or NaN; nothing is written.
     """
-    encoder, head = model.label_encoder.state_dict(), _head_state_dict(model)
+    labelenc = labelenc_of(task)
+    encoder = labelenc.label_encoder.state_dict()
+    head = _head_state_dict(labelenc.adapter.detector)
     bad = [name for name, x in {**encoder, **head}.items() if not torch.isfinite(x).all()]
     if bad:
         raise FloatingPointError(
             f"No step-1 file is written, since weights are infinite or NaN: {some_of(bad)}"
         )
-    write_step1_file(path, describe(model), encoder, head, class_names)
+    write_step1_file(path, describe(labelenc), encoder, head, class_names)
 
 
 def write_step1_file(
@@ -94,7 +105,7 @@ def write_step1_file(
 
 
 def inherit_step1_file(
-    model: LabelEncDetector, path: str, with_detector: bool = True, dataset: str = ""
+    task: TrainingTask | LabelEnc, path: str, with_detector: bool = True, dataset: str = ""
 ) -> None:
     """Initialises step 2: the label encoder and the head from the step-1 file, and the detector's
     FPN from the *encoder's* FPN, as the official implementation does.
@@ -103,7 +114,7 @@ def inherit_step1_file(
     initialisation; a line of the log names them.
 
     Args:
-        model: without wrapper.
+        task: without wrapper.
         path: of the step-1 file.
         with_detector: also the head and the FPN, and not the label encoder alone.
         dataset: that step 2 trains on, whose classes are compared with step 1's by their names.
@@ -112,46 +123,47 @@ def inherit_step1_file(
         ValueError: the file is no step-1 file, or one of another detector, FPN, label map or head,
             or of other classes.
     """
-    data = _load(path)
+    labelenc, data = labelenc_of(task), _load(path)
     if dataset:
         classes = MetadataCatalog.get(dataset).get("thing_classes")
         check_class_names(f"The step-1 file {path}", data.get(CLASSES), dataset, classes)
-    expected = describe(model)
+    expected = describe(labelenc)
     if not with_detector:
         del expected["settings"]
     _check_description(data["description"], expected, f"The step-1 file {path}")
-    encoder = model.label_encoder.state_dict()
+    encoder, detector = labelenc.label_encoder.state_dict(), labelenc.adapter.detector
     _check_tensors("label encoder", encoder, data["label_encoder"], path)
     if with_detector:
-        _check_tensors("head", _head_state_dict(model), data["head"], path)
-    model.label_encoder.load_state_dict(data["label_encoder"])
+        _check_tensors("head", _head_state_dict(detector), data["head"], path)
+    labelenc.label_encoder.load_state_dict(data["label_encoder"])
     if with_detector:
-        _load_matching_layers(model, {**_fpn(data["label_encoder"]), **data["head"]}, path)
+        _load_matching_layers(detector, {**_fpn(data["label_encoder"]), **data["head"]}, path)
 
 
-def inherit_teacher(model: LabelEncDetector, path: str) -> None:
+def inherit_teacher(task: TrainingTask | LabelEnc, path: str) -> None:
     """Initialises step 2 of "vanilla KD": the head and the FPN from the teacher's, in the same way.
 
     Args:
-        model: without wrapper, with a teacher.
+        task: without wrapper, with a teacher.
         path: of the teacher's config, for messages.
 
     Raises:
         ValueError: the teacher's head or FPN is another one.
     """
-    teacher = model.feature_teacher.model
-    if not isinstance(teacher, model.plain_class()):
+    labelenc = labelenc_of(task)
+    teacher, detector = labelenc.feature_teacher.model, labelenc.adapter.detector
+    if not isinstance(teacher, type(detector)):
         raise ValueError(
             f"The teacher {path} is of the class {type(teacher).__name__}, expected "
-            f"{model.plain_class().__name__}, whose head can be inherited. Set "
+            f"{type(detector).__name__}, whose head can be inherited. Set "
             "MODEL.LABELENC.INHERIT False to use its features alone"
         )
-    settings = [model.head_settings(detector) for detector in (teacher, model)]
+    settings = [adapter_of(x).head_settings for x in (teacher, detector)]
     _check_description(*settings, f"The teacher {path}")
     head, fpn = _head_state_dict(teacher), _fpn(teacher.backbone.state_dict())
-    _check_keys("FPN", _fpn(model.backbone.state_dict()), fpn, path)
-    _check_tensors("head", _head_state_dict(model), head, path)
-    _load_matching_layers(model, {**fpn, **head}, path)
+    _check_keys("FPN", _fpn(detector.backbone.state_dict()), fpn, path)
+    _check_tensors("head", _head_state_dict(detector), head, path)
+    _load_matching_layers(detector, {**fpn, **head}, path)
 
 
 def _fpn(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -159,8 +171,8 @@ def _fpn(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"backbone.{k}": v for k, v in state.items() if not k.startswith("bottom_up.")}
 
 
-def _head_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    state = model.state_dict()
+def _head_state_dict(detector: nn.Module) -> dict[str, torch.Tensor]:
+    state = detector.state_dict()
     return {key: value for key, value in state.items() if not key.startswith("backbone.")}
 
 
@@ -239,11 +251,9 @@ def _check_tensors(name: str, expected: dict, found: dict, path: str) -> None:
             )
 
 
-def _load_matching_layers(
-    model: LabelEncDetector, source: dict[str, torch.Tensor], path: str
-) -> None:
-    """Loads every layer of `source` whose tensors all have the shapes of the model's."""
-    target = model.state_dict()
+def _load_matching_layers(detector: nn.Module, source: dict[str, torch.Tensor], path: str) -> None:
+    """Loads every layer of `source` whose tensors all have the shapes of the detector's."""
+    target = detector.state_dict()
     differing = {
         _layer(key): (tuple(value.shape), tuple(target[key].shape))
         for key, value in source.items()

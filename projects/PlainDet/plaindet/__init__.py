@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
 from . import modeling
 from .config import add_plaindet_config, read_config, register_config
 from .data import register_shapes
-from .modeling import keep_training_only
+from .engine import keep_training_only
 
 register_shapes()
 

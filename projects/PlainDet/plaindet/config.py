@@ -12,8 +12,9 @@ from .data import register_coco_format
 
 # Modules to import before a config is read, with commas between them.
 PROJECTS_VARIABLE = "PLAINDET_PROJECTS"
-# The functions of register_config.
+# The functions of register_config, and those that add the keys of training methods.
 _registered: list[Callable[[CfgNode], None]] = []
+_of_methods: list[Callable[[CfgNode], None]] = []
 
 
 def register_config(add_config: Callable[[CfgNode], None]) -> None:
@@ -27,6 +28,20 @@ def register_config(add_config: Callable[[CfgNode], None]) -> None:
     """
     if add_config not in _registered:
         _registered.append(add_config)
+
+
+def add_method_config(add_config: Callable[[CfgNode], None]) -> None:
+    """Makes the config keys of a training method known, which are no keys of a plain detector."""
+    _of_methods.append(add_config)
+
+
+def add_method_configs(cfg: CfgNode) -> None:
+    """Adds the keys of all training methods, and the one that chooses among them."""
+    if "TRAINING_METHODS" not in cfg.MODEL:
+        # The methods that train the detector, as ("LabelEnc", "CrossKD").
+        cfg.MODEL.TRAINING_METHODS = ()
+    for add_config in _of_methods:
+        add_config(cfg)
 
 
 def add_registered_configs(cfg: CfgNode) -> None:
@@ -49,19 +64,18 @@ def read_config(
     overrides: Sequence[str] = (),
     add_configs: Sequence[Callable[[CfgNode], None]] = (),
 ) -> CfgNode:
-    """Reads a config with the keys of Detectron2, plaindet and :func:`register_config`, and
-    registers the data sets of its DATASETS.COCO_FORMAT.
+    """Reads a config with the keys of Detectron2, plaindet, :func:`register_config` and the
+    training methods, and registers the data sets of its DATASETS.COCO_FORMAT.
 
     Args:
         config_file: yaml.
         overrides: KEY VALUE pairs.
-        add_configs: the functions that add further keys, those of methods, as
-            `add_labelenc_config`.
+        add_configs: functions that add further keys.
 
     Raises:
         ValueError: the file has a yaml tag that runs code.
     """
-    cfg = merge_config(config_file, overrides, add_configs)
+    cfg = merge_config(config_file, overrides, (add_method_configs, *add_configs))
     register_coco_format(cfg.DATASETS.COCO_FORMAT)
     return cfg
 
@@ -71,7 +85,8 @@ def merge_config(
     overrides: Sequence[str] = (),
     add_configs: Sequence[Callable[[CfgNode], None]] = (),
 ) -> CfgNode:
-    """As :func:`read_config`, without the data sets, which are not needed to build a detector."""
+    """As :func:`read_config`, without the keys of the training methods and without the data sets,
+    which are not needed to build a detector."""
     cfg = get_cfg()
     for add_config in (add_plaindet_config, add_registered_configs, *add_configs):
         add_config(cfg)
@@ -111,7 +126,7 @@ class RelativePathsCfgNode(CfgNode):
             for key in ("CONFIG_FILE", "WEIGHTS"):
                 if teacher.get(key):
                     path = os.path.join(os.path.dirname(filename), teacher[key])
-                    teacher[key] = path if os.path.isfile(path) else teacher[key]
+                    teacher[key] = path if os.path.exists(path) else teacher[key]
         return loaded
 
 

@@ -1,3 +1,6 @@
+from collections.abc import Callable, Sequence
+
+from detectron2.config import configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 
@@ -6,6 +9,18 @@ from .images import check_file_mode
 
 class PlainDatasetMapper(DatasetMapper):
     """Detectron2's mapper, whose errors name the image, with DETR's crop as an option."""
+
+    @configurable
+    def __init__(
+        self, is_train: bool = True, *, additions: Sequence[Callable[[dict], None]] = (), **kwargs
+    ):
+        """
+        Args:
+            additions: what training methods add to a sample, once all else has been done to it.
+            is_train, kwargs: as for :class:`detectron2.data.DatasetMapper`.
+        """
+        super().__init__(is_train, **kwargs)
+        self.additions = additions
 
     @classmethod
     def from_config(cls, cfg, is_train: bool = True):
@@ -26,7 +41,7 @@ class PlainDatasetMapper(DatasetMapper):
         """
         try:
             check_file_mode(dataset_dict["file_name"])
-            return super().__call__(dataset_dict)
+            sample = super().__call__(dataset_dict)
         except Exception as error:
             # Data loader workers re-raise an error by its type and message alone, so the message
             # has everything in it.
@@ -34,3 +49,7 @@ class PlainDatasetMapper(DatasetMapper):
                 f"Cannot load {dataset_dict['file_name']} (image id "
                 f"{dataset_dict.get('image_id')}): {type(error).__name__}: {error}"
             ) from error
+        if self.is_train and "instances" in sample:
+            for add in self.additions:
+                add(sample)
+        return sample

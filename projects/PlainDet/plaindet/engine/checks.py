@@ -15,7 +15,9 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from plaindet.messages import some_of
-from plaindet.modeling import ATSS, FCOS, GFL, DeformableDETR, Teacher, check_class_names
+from plaindet.modeling import ATSS, FCOS, GFL, DeformableDETR, check_class_names
+
+from .teacher import Teacher
 
 # The config key that gives a module its number of classes.
 NUM_CLASSES_KEYS = {

@@ -8,13 +8,10 @@ from torch import nn
 
 from plaindet.config import add_plaindet_config, add_registered_configs
 from plaindet.files import write_atomically
-from plaindet.modeling import (
-    TrainingOnlyModules,
-    is_training_only,
-    without_pretrained_weights,
-)
+from plaindet.modeling import without_pretrained_weights
 
-FILE_NAME = "plain_config.yaml"
+from .build import plain_cfg
+from .teacher import PLAIN_CONFIG
 
 
 def write_plain_config(cfg: CfgNode, model: nn.Module) -> None:
@@ -32,20 +29,16 @@ def write_plain_config(cfg: CfgNode, model: nn.Module) -> None:
     add_registered_configs(defaults)
     if _needs_plaindet(cfg, model):
         add_plaindet_config(defaults)
-    plain = _differences(without_pretrained_weights(cfg), defaults)
+    plain = _differences(without_pretrained_weights(plain_cfg(cfg)), defaults)
     plain.VERSION = defaults.VERSION
-    if isinstance(model, TrainingOnlyModules):
-        plain.MODEL.META_ARCHITECTURE = model.plain_class().__name__
     text = plain.dump().encode()
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    write_atomically(os.path.join(cfg.OUTPUT_DIR, FILE_NAME), lambda f: f.write(text))
+    write_atomically(os.path.join(cfg.OUTPUT_DIR, PLAIN_CONFIG), lambda f: f.write(text))
 
 
 def _needs_plaindet(cfg: CfgNode, model: nn.Module) -> bool:
-    plain_class = model.plain_class() if isinstance(model, TrainingOnlyModules) else type(model)
-    modules = [type(m) for name, m in model.named_modules() if name and not is_training_only(name)]
     # The builder too: it may build Detectron2's classes alone.
-    parts = (plain_class, BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME), *modules)
+    parts = (BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME), *map(type, model.modules()))
     return any(part.__module__.startswith("plaindet.") for part in parts)
 
 

@@ -22,6 +22,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.cuda.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from plaindet.data import (
@@ -31,23 +32,27 @@ from plaindet.data import (
     validate_datasets,
     validated_records,
 )
-from plaindet.modeling import keep_training_only
 from plaindet.signals import ignore_preemption
 
-from .checkpointer import PlainCheckpointer
+from .build import build_task, training_methods
+from .checkpoints import ExactResume, PlainCheckpointer
+from .checkpoints.training_only import NAME as TRAINING_ONLY
 from .checks import check_datasets, check_device, check_equal_classes, check_num_classes
 from .evaluation import build_evaluator
 from .finite import FiniteLosses
+from .idle import IdleGradients
+from .method import method_class
 from .optimizer import build_optimizer
 from .plain_config import write_plain_config
 from .preemption import Preemption
-from .resume import ExactResume
+from .task import TrainingTask
 
 logger = logging.getLogger(__name__)
 
 
 class PlainTrainer(DefaultTrainer):
-    """Detectron2's DefaultTrainer, which also
+    """Detectron2's DefaultTrainer, which trains a :class:`TrainingTask`, with the methods of
+    MODEL.TRAINING_METHODS, and which also
 
     * checks the training data, and its classes against the detector's, before it trains,
     * trains on several CPU processes as well as on several GPUs,
@@ -76,21 +81,24 @@ class PlainTrainer(DefaultTrainer):
         validate_datasets(cfg, dataset_names)
         check_equal_classes(dataset_names)
         model = self.build_model(cfg)
-        check_num_classes(model, dataset_names)
-        optimizer = self.build_optimizer(cfg, model)
+        self.task = model if isinstance(model, TrainingTask) else TrainingTask(model)
+        check_num_classes(self.plain_model, dataset_names)
+        optimizer = self.build_optimizer(cfg, self.task)
         self.mapper = self.build_train_mapper(cfg)
         data_loader = self.build_train_loader(cfg, self.mapper)
 
-        on_cpu = next(model.parameters()).device.type == "cpu"
+        on_cpu = next(self.task.parameters()).device.type == "cpu"
         ddp_arguments = {"device_ids": None} if on_cpu else {}
-        ddp_model = create_ddp_model(model, broadcast_buffers=False, **ddp_arguments)
+        ddp_model = create_ddp_model(self.task, broadcast_buffers=False, **ddp_arguments)
         self._trainer = _inner_trainer(cfg, ddp_model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = self.build_checkpointer(cfg, model)
+        self.checkpointer = self.build_checkpointer(cfg, self.plain_model)
         self.checkpointer.add_checkpointable("trainer", weakref.proxy(self))
-        keep_training_only(self.checkpointer)
+        if self.task.methods:
+            self.checkpointer.add_checkpointable(TRAINING_ONLY, self.task.training_only)
+            self.checkpointer.before_save.append(self._write_files)
         if comm.is_main_process():
-            write_plain_config(cfg, model)
+            write_plain_config(cfg, self.plain_model)
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -101,12 +109,15 @@ class PlainTrainer(DefaultTrainer):
 
     @property
     def plain_model(self) -> nn.Module:
-        """The model without its DistributedDataParallel wrapper."""
-        return self.checkpointer.model
+        """The detector that is trained."""
+        return self.task.detector
 
     def build_hooks(self) -> list[HookBase]:
         self._exact_resume = ExactResume(self.plain_model, self.cfg.SOLVER.CHECKPOINT_PERIOD)
-        return [self._exact_resume, *super().build_hooks(), Preemption()]
+        additions = getattr(self.mapper, "additions", [])
+        of_methods = [h for x in self.task.methods for h in x.build_hooks(self.cfg, additions)]
+        rest = [IdleGradients(self.task), self._exact_resume, *super().build_hooks()]
+        return [*of_methods, *rest, Preemption()]
 
     def save_checkpoint(self) -> None:
         """Writes a checkpoint of this iteration; call it in all processes."""
@@ -114,13 +125,20 @@ class PlainTrainer(DefaultTrainer):
         self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
         comm.synchronize()
 
+    def _write_files(self) -> None:
+        for method in self.task.methods:
+            method.write_files(self.cfg.OUTPUT_DIR, self.checkpointer.class_names)
+
     def resume_or_load(self, resume: bool = True) -> None:
-        """As DefaultTrainer's.
+        """As DefaultTrainer's; where nothing is resumed, the methods then start.
 
         Raises:
             ValueError: the checkpoint is of an iteration behind the end of the run.
         """
         super().resume_or_load(resume)
+        if not (resume and self.checkpointer.has_checkpoint()):
+            for method in self.task.methods:
+                method.start(self.cfg)
         if 0 < self.max_iter < self.start_iter:
             raise ValueError(
                 f"The checkpoint {self.checkpointer.get_checkpoint_file()} has {self.start_iter} "
@@ -167,6 +185,34 @@ class PlainTrainer(DefaultTrainer):
         self.cfg = _with_seed(self.cfg, seed)
         self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg, self.mapper))
 
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        """As DefaultTrainer's, which also scales the iterations of the methods."""
+        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        if scaled is not cfg:
+            factor = num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE
+            frozen = scaled.is_frozen()
+            scaled.defrost()
+            for name in training_methods(cfg):
+                method_class(name).scale_iterations(scaled, factor)
+            if frozen:
+                scaled.freeze()
+        return scaled
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The detector, in a task if methods train it, and these with their teachers."""
+        task = build_task(cfg)
+        logger.info(f"Model:\n{task.detector}")
+        return task if task.methods else task.detector
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
+        """As DefaultTrainer's, of the plain detector."""
+        model = model.module if isinstance(model, DistributedDataParallel) else model
+        model = model.detector if isinstance(model, TrainingTask) else model
+        return super().test(cfg, model, evaluators)
+
     @classmethod
     def build_checkpointer(cls, cfg: CfgNode, model: nn.Module) -> PlainCheckpointer:
         dataset = cfg.DATASETS.TRAIN[0]
@@ -181,7 +227,10 @@ class PlainTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_mapper(cls, cfg: CfgNode) -> PlainDatasetMapper:
-        return PlainDatasetMapper(cfg, is_train=True)
+        """Detectron2's mapper, with what the methods add to a sample."""
+        methods = [method_class(name) for name in training_methods(cfg)]
+        additions = [addition for x in methods for addition in x.sample_additions(cfg)]
+        return PlainDatasetMapper(cfg, is_train=True, additions=additions)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, mapper=None) -> TrainStream:

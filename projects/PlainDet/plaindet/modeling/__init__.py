@@ -13,7 +13,14 @@ from .fpn import LastLevelP6P7WithoutReLU, build_fpn_backbone
 from .gfl import GFL, GFLHead
 from .normalizer import mean_over_processes
 from .swin import build_swin_backbone
-from .teacher import CompleteCheckpointer, Teacher, build_teacher
 from .timm_backbone import TimmBackbone, build_timm_backbone
 from .timm_weights import without_pretrained_weights
-from .training_only import TrainingOnlyModules, is_training_only, keep_training_only
+
+
+def __getattr__(name: str):
+    # Where the teacher was before it was a part of the training engine.
+    if name in ("CompleteCheckpointer", "Teacher", "build_teacher"):
+        from plaindet import engine
+
+        return getattr(engine, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

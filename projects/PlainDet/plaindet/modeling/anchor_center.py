@@ -15,6 +15,7 @@ from torch import nn
 from torchvision.ops import generalized_box_iou_loss
 
 from .atss_assigner import assign_atss, centers_within
+from .losses import positives_normalizer
 from .normalizer import mean_over_processes
 
 
@@ -176,14 +177,9 @@ class AnchorCenterDetector(DenseDetector):
         return labels, boxes
 
     def num_positives(self, labels: torch.Tensor) -> torch.Tensor:
-        """The normaliser of the losses over all positions: the positives of the batch, at least one
-        for each image, averaged over processes. Scalar.
-
-        Args:
-            labels: (N, R) from `label_anchors`.
-        """
-        positive = (labels >= 0) & (labels != self.num_classes)
-        return mean_over_processes(positive.sum(dim=1).clamp(min=1).sum().float())
+        """The normaliser of the losses over all positions, by the labels (N, R) of
+        `label_anchors`."""
+        return positives_normalizer((labels >= 0) & (labels != self.num_classes))
 
     def positives(self, anchors, labels, pred_anchor_deltas, gt_boxes) -> Positives:
         """Selects the positives, for which the host waits for the device once; the box losses of

@@ -11,9 +11,9 @@ from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures.boxes import Boxes, matched_pairwise_iou
 from torch import nn
-from torch.nn import functional as F
 
 from .anchor_center import AnchorCenterDetector
+from .losses import quality_focal_loss
 
 
 class GFLHead(RetinaNetHead):
@@ -183,19 +183,6 @@ class GFL(AnchorCenterDetector):
             "loss_box_reg": loss_box,
             "loss_dfl": self.distribution_loss_weight * (weights * loss_dfl).sum() / normalizer,
         }
-
-
-def quality_focal_loss(logits: torch.Tensor, targets: torch.Tensor, beta: float) -> torch.Tensor:
-    """Eq. 2 of the GFL paper.
-
-    Args:
-        logits, targets: of any shape; targets in 0..1.
-
-    Returns:
-        the loss of each element
-    """
-    entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return entropy * (targets - logits.sigmoid()).abs().pow(beta)
 
 
 def distribution_focal_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 import yaml
 from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
 from plaindet.messages import some_of
@@ -20,6 +21,7 @@ FREE = (
     "MODEL.TIMM.PRETRAINED",
     "MODEL.TIMM.CHECKPOINT_PATH",
 )
+META_ARCHITECTURE = "MODEL.META_ARCHITECTURE"
 
 
 def check_same_model(
@@ -61,9 +63,18 @@ def _shape(state: dict[str, torch.Tensor], key: str):
 def _differences(found: dict, expected: dict) -> Iterator[tuple]:
     """The keys of MODEL with other values: (key, in the checkpoint, now)."""
     old, new = (dict(_flat("MODEL", x)) for x in (found, expected))
+    for keys in (old, new):
+        keys[META_ARCHITECTURE] = _plain_name(keys.get(META_ARCHITECTURE))
     for key in dict.fromkeys((*old, *new)):
         if key not in FREE and old.get(key) != new.get(key):
             yield key, old.get(key), new.get(key)
+
+
+def _plain_name(name: str | None) -> str | None:
+    """Of the detector, where this is a short name for one with methods."""
+    plain = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
+    plain = getattr(plain, "detector", name)
+    return plain if isinstance(plain, str) else name
 
 
 def _flat(name: str, node: dict) -> Iterator[tuple]:

@@ -54,6 +54,8 @@ class PlainCheckpointer(SafeCheckpointer):
         self.dataset = dataset
         self.class_names = class_names
         self.cfg = cfg
+        # Called right before a checkpoint is written, in the process that writes it.
+        self.before_save = []
         self._resumed_file = None
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
@@ -93,6 +95,8 @@ class PlainCheckpointer(SafeCheckpointer):
         if not self.save_dir or not self.save_to_disk:
             return
         self.check_finite()
+        for write_file in self.before_save:
+            write_file()
         states = {key: value.state_dict() for key, value in self.checkpointables.items()}
         data = {"model": self.model.state_dict(), **states, **kwargs}
         if self.class_names is not None:
@@ -109,8 +113,14 @@ class PlainCheckpointer(SafeCheckpointer):
         Raises:
             FloatingPointError: a weight is infinite or NaN.
         """
-        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        modules = {"": self.model, **self.checkpointables}
+        bad = [
+            f"{name}.{key}".removeprefix(".")
+            for name, module in modules.items()
+            if isinstance(module, nn.Module)
+            for key, tensor in (*module.named_parameters(), *module.named_buffers())
+            if not torch.isfinite(tensor).all()
+        ]
         if bad:
             raise FloatingPointError(
                 f"No checkpoint is written, since weights are infinite or NaN: {some_of(bad)}"

@@ -19,9 +19,10 @@ import os
 import torch
 from detectron2.utils.file_io import PathManager
 
-from plaindet.key_layout import Layout, layer_keys, rename_keys, reorder_anchors
 from plaindet.loading import load_tensors
 from plaindet.messages import some_of
+
+from .key_layout import Layout, layer_keys, rename_keys, reorder_anchors
 
 # The detectors, as the classes that a step-1 file names.
 RETINANET, FCOS, FASTER_RCNN = "RetinaNet", "FCOS", "GeneralizedRCNN"

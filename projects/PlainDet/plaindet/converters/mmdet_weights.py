@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from detectron2.utils.file_io import PathManager
 
+from plaindet.loading import load_tensors
+from plaindet.messages import some_of
+
 from .key_layout import Layout, layer_keys, rename_keys, reorder_anchors
-from .loading import load_tensors
-from .messages import some_of
 from .mmdet_backbones import ResNet, Swin, count, find_backbone, size
 
 # The detectors, as META_ARCHITECTURE.

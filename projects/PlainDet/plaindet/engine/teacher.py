@@ -13,10 +13,11 @@ from torch import nn
 from plaindet.config import merge_config
 from plaindet.loading import SafeCheckpointer
 from plaindet.messages import some_of
+from plaindet.modeling import without_pretrained_weights
+from plaindet.modeling.class_names import ENTRY as CLASSES
 
-from .class_names import ENTRY as CLASSES
-from .timm_weights import without_pretrained_weights
-
+# What a run writes into its folder.
+PLAIN_CONFIG = "plain_config.yaml"
 _REMEDY = "The config of a teacher is the plain_config.yaml beside its checkpoint"
 
 
@@ -89,8 +90,9 @@ def build_teacher(node: CfgNode, device: str, key: str) -> Teacher:
 
     Args:
         node: CONFIG_FILE, a config with the keys of Detectron2, plaindet and
-            :func:`plaindet.register_config`; WEIGHTS, or the config's MODEL.WEIGHTS if empty; OPTS,
-            overrides of the config as KEY VALUE pairs.
+            :func:`plaindet.register_config`, or the folder of the run that trained the teacher;
+            WEIGHTS, if empty the newest checkpoint of the folder or the config's MODEL.WEIGHTS;
+            OPTS, overrides of the config as KEY VALUE pairs.
         device: where to put it.
         key: of the node, for messages.
 
@@ -99,24 +101,28 @@ def build_teacher(node: CfgNode, device: str, key: str) -> Teacher:
         ValueError: no file is given, the config has unknown keys or those of a method, or the
             weights are not those of the config's detector.
     """
-    _check_file(node.CONFIG_FILE, f"{key}.CONFIG_FILE")
+    config_file, weights = node.CONFIG_FILE, node.WEIGHTS
+    if os.path.isdir(config_file):
+        folder, config_file = config_file, os.path.join(config_file, PLAIN_CONFIG)
+        weights = weights or SafeCheckpointer(nn.Module(), folder).get_checkpoint_file()
+    _check_file(config_file, f"{key}.CONFIG_FILE")
     try:
-        cfg = merge_config(node.CONFIG_FILE, node.OPTS)
+        cfg = merge_config(config_file, node.OPTS)
     except KeyError as error:
         raise ValueError(
-            f"{key}.CONFIG_FILE: {node.CONFIG_FILE} is not the config of a plain detector "
+            f"{key}.CONFIG_FILE: {config_file} is not the config of a plain detector "
             f"({error.args[0]}). {_REMEDY}. The keys of a project of yours become known by "
             "plaindet.register_config; those of another version of Detectron2 have to be removed"
         ) from error
     cfg.MODEL.DEVICE = device
-    weights = node.WEIGHTS or cfg.MODEL.WEIGHTS
+    weights = weights or cfg.MODEL.WEIGHTS
     _check_file(weights, f"{key}.WEIGHTS")
     try:
         model = build_model(without_pretrained_weights(cfg))
         checkpoint = CompleteCheckpointer(model).load(weights)
     except (KeyError, ValueError, AssertionError) as error:
         raise ValueError(
-            f"{key}: cannot build the teacher of {node.CONFIG_FILE} with {weights}: "
+            f"{key}: cannot build the teacher of {config_file} with {weights}: "
             f"{type(error).__name__}: {error}. {_REMEDY}"
         ) from error
     return Teacher(model, cfg.INPUT.FORMAT, cfg.DATASETS.TRAIN, checkpoint.get(CLASSES))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .messages import some_of
+from plaindet.messages import some_of
 
 # For each key there our key and the shape.
 Layout = dict[str, tuple[str, tuple[int, ...]]]

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from plaindet.messages import some_of
+
 from .key_layout import Layout, layer_keys, shape_of
-from .messages import some_of
 
 BOTTOM_UP = "backbone.bottom_up"
 # Whether the blocks are bottlenecks, and the number of blocks of each stage.
