@@ -19,7 +19,8 @@ from plaindet import read_config
 from plaindet.data.shapes import SHAPES_CLASSES
 from plaindet.engine import check_num_classes
 from plaindet.engine.checks import thing_classes
-from plaindet.pictures import (
+
+from pictures import (
     PICTURE_WIDTH,
     ClassColors,
     detections_picture,

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 
-from plaindet.converters.key_layout import rename_keys
 from plaindet.files import write_atomically
 from plaindet.loading import load_tensors
 from plaindet.modeling.timm_weights import create_without_data
+
+from converters.key_layout import rename_keys
 
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 # Layers, theirs: timm's.

@@ -19,7 +19,8 @@ from pathlib import Path
 import yaml
 
 from labelenc.step1_file import write_step1_file
-from plaindet.converters.labelenc_weights import (
+
+from converters.labelenc_weights import (
     DIFFERENCES,
     FASTER_RCNN,
     FCOS_KINDS,

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from plaindet.converters.mmdet_weights import (
+from converters.mmdet_weights import (
     ATSS,
     DIFFERENCES,
     FCOS,

@@ -14,9 +14,8 @@ from pathlib import Path
 
 from detectron2.data.detection_utils import convert_image_to_rgb
 
-from labelenc.pictures import draw_encoding, draw_features, label_map_picture, picture_mapper
+from labelenc.pictures import label_map_picture
 from plaindet.loading import load_tensors
-from plaindet.pictures import save_sheet
 
 from demo_pictures import DETECTIONS_CAPTION, draw_detections, load_detectors, pictured_images
 from demo_runs import (
@@ -29,6 +28,8 @@ from demo_runs import (
 )
 from demo_training import train_all
 from detectors import read_cfg
+from feature_pictures import draw_encoding, draw_features, picture_mapper
+from pictures import save_sheet
 from visualize_features import load_label_encoder
 
 CONFIGS = REPOSITORY / "configs" / "demo"

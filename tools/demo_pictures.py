@@ -8,10 +8,10 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog
 
 from plaindet.engine.checks import thing_classes
-from plaindet.pictures import ClassColors, best_detections, save_sheet
 
 from demo_runs import Run
 from detectors import load_model, read_cfg
+from pictures import ClassColors, best_detections, save_sheet
 from visualize_distillation import draw_row, objects_of
 
 NUM_PICTURES = 4

@@ -24,14 +24,14 @@ from detectron2.data.detection_utils import annotations_to_instances, read_image
 from detectron2.structures import Instances
 
 from plaindet.engine.checks import thing_classes
-from plaindet.pictures import (
+
+from detectors import add_detector_arguments, choose_images, load_model, read_cfg
+from pictures import (
     ClassColors,
     detections_picture,
     ground_truth_picture,
     save_sheet,
 )
-
-from detectors import add_detector_arguments, choose_images, load_model, read_cfg
 
 
 def parse_args():

@@ -26,11 +26,12 @@ from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.modeling import FPN, build_backbone
 
 from labelenc import build_label_encoder
-from labelenc.pictures import draw_encoding, draw_features, label_map_picture, picture_mapper
+from labelenc.pictures import label_map_picture
 from plaindet.loading import load_tensors
-from plaindet.pictures import save_sheet
 
 from detectors import add_detector_arguments, check_file, choose_images, load_model, read_cfg
+from feature_pictures import draw_encoding, draw_features, picture_mapper
+from pictures import save_sheet
 
 
 def parse_args():

@@ -19,11 +19,12 @@ from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.utils.env import seed_all_rng
 
 from labelenc import LabelMap
-from labelenc.pictures import label_map_picture, picture_mapper
+from labelenc.pictures import label_map_picture
 from plaindet.engine.checks import thing_classes
-from plaindet.pictures import ClassColors, ground_truth_picture, save_sheet
 
 from detectors import choose_dataset, read_cfg
+from feature_pictures import picture_mapper
+from pictures import ClassColors, ground_truth_picture, save_sheet
 
 PANELS_IN_A_ROW = 4
 

@@ -17,10 +17,10 @@ from detectron2.utils.events import EventStorage
 
 import train_net
 from plaindet import read_config
-from plaindet.converters.mmdet_weights import convert_mmdet_weights, find_network
 from plaindet.engine import build_teacher
 
 import convert_mmdet
+from converters.mmdet_weights import convert_mmdet_weights, find_network
 
 pytestmark = pytest.mark.golden
 FOLDER = Path(os.environ.get("GOLDEN", "")) / "e2e"

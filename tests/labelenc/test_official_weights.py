@@ -21,12 +21,12 @@ from recipe import recipe_tensor
 from labelenc import LabelMap, add_labelenc_config, inherit_step1_file
 from labelenc.step1_file import write_step1_file
 from plaindet import read_config
-from plaindet.converters.labelenc_weights import (
+
+import convert_labelenc
+from converters.labelenc_weights import (
     convert_official_weights,
     load_official_weights,
 )
-
-import convert_labelenc
 
 KEYS = json.loads((golden.FOLDER / "label_encoding_function_keys.json").read_text())
 # Of each official network: the tool's arguments and the detector's class.

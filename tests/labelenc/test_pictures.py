@@ -7,13 +7,9 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 
 from labelenc import LabelMap
-from labelenc.pictures import (
-    draw_encoding,
-    draw_features,
-    feature_picture,
-    label_map_picture,
-    picture_mapper,
-)
+from labelenc.pictures import feature_picture, label_map_picture
+
+from feature_pictures import draw_encoding, draw_features, picture_mapper
 
 
 def test_label_map_picture():

@@ -6,8 +6,8 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.structures import Boxes, Instances
 from matplotlib.colors import to_rgb
 
-from plaindet.picture_labels import label_positions
-from plaindet.pictures import (
+from picture_labels import label_positions
+from pictures import (
     COLORS,
     DPI,
     PANEL_INCHES,

@@ -9,15 +9,15 @@ from detectron2.modeling import build_model
 from torch.nn import functional as F
 
 from plaindet import read_config
-from plaindet.converters.mmdet_weights import (
+from plaindet.engine import CompleteCheckpointer
+
+import convert_mmdet
+from converters.mmdet_weights import (
     convert_mmdet_weights,
     find_network,
     load_mmdet_weights,
     mmdet_config,
 )
-from plaindet.engine import CompleteCheckpointer
-
-import convert_mmdet
 
 CONFIGS = {
     "RetinaNet": "PlainDet/retinanet_R_50_FPN_1x.yaml",

@@ -11,7 +11,7 @@ import numpy as np
 from detectron2.structures import Instances
 from torchvision.ops import nms
 
-from .picture_labels import label_positions
+from picture_labels import label_positions
 
 PANEL_INCHES = 3.5  # width of a picture in a sheet
 DPI = 150

@@ -1,1 +1,0 @@
-"""Converters of weights that others trained, which the tools of the same names use."""

@@ -1,0 +1,1 @@
+"""Converters of weights that others trained, for the tools `convert_*`."""
