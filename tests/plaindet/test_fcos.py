@@ -13,7 +13,8 @@ from detectron2.utils.events import EventStorage
 from torchvision.ops import generalized_box_iou_loss
 
 from plaindet.modeling import FCOSHead
-from plaindet.modeling.fcos import centerness_target, iou_loss
+from plaindet.modeling.fcos import centerness_target
+from plaindet.modeling.losses import iou_loss
 
 DATA = Path(__file__).parent.parent / "data" / "plaindet"
 STRIDES = [8, 16, 32, 64, 128]
@@ -226,12 +227,16 @@ def test_detects_as_mmdet(mmdet, monkeypatch):
         np.testing.assert_allclose(result.pred_boxes.tensor, expected["boxes"], atol=1e-3)
 
 
+# Turns distances from a position to the sides of a box into the box around the origin.
+SIDES = torch.tensor([-1.0, -1.0, 1.0, 1.0])
+
+
 @pytest.mark.parametrize("loss_type", ["iou", "giou"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_iou_loss_of_the_original(loss_type, weighted):
     numbers = np.load(DATA / "iou_losses.npz")
     predictions, targets = (torch.from_numpy(numbers[f"iou_{k}"]) for k in ("pred", "target"))
-    loss = iou_loss(predictions, targets, loss_type, smoothing=1.0)
+    loss = iou_loss(predictions * SIDES, targets * SIDES, loss_type, smoothing=1.0)
     if weighted:
         loss = loss * torch.from_numpy(numbers["iou_weight"])
     expected = float(numbers["iou_" + ("w_" if weighted else "") + loss_type])
@@ -240,11 +245,10 @@ def test_iou_loss_of_the_original(loss_type, weighted):
 
 def test_iou_loss_of_boxes():
     """Without smoothing: torchvision's GIoU loss of the boxes; -log IoU by hand."""
-    distances, targets = torch.rand(2, 50, 4) * 10
-    sign = torch.tensor([-1.0, -1.0, 1.0, 1.0])
-    expected = generalized_box_iou_loss(distances * sign, targets * sign)
-    torch.testing.assert_close(iou_loss(distances, targets, "giou"), expected)
-    half = iou_loss(torch.tensor([0.0, 1, 1, 1]), torch.tensor([1.0, 1, 1, 1]), "iou")
+    boxes, targets = torch.rand(2, 50, 4) * 10 * SIDES
+    expected = generalized_box_iou_loss(boxes, targets)
+    torch.testing.assert_close(iou_loss(boxes, targets, "giou"), expected)
+    half = iou_loss(torch.tensor([0.0, -1, 1, 1]), torch.tensor([-1.0, -1, 1, 1]), "iou")
     assert half.item() == pytest.approx(np.log(2))
 
 
@@ -252,7 +256,7 @@ def test_degenerate_predictions_are_finite():
     distances = torch.zeros(3, 4, requires_grad=True)
     targets = torch.tensor([[1.0, 2, 3, 4], [0, 0, 0, 0], [1e-3, 1, 1, 1]])
     for loss_type in ("iou", "giou"):
-        loss = iou_loss(distances, targets, loss_type).sum()
+        loss = iou_loss(distances * SIDES, targets * SIDES, loss_type).sum()
         (gradient,) = torch.autograd.grad(loss, distances)
         assert torch.isfinite(loss)
         assert torch.isfinite(gradient).all()

@@ -74,22 +74,7 @@ def box_loss(boxes: torch.Tensor, teacher_boxes: torch.Tensor, loss_type: str) -
     boxes, teacher_boxes = boxes.float(), teacher_boxes.float()
     if loss_type == "l1":
         return (boxes - teacher_boxes).abs().sum(dim=-1)
-    top_left = torch.maximum(boxes[..., :2], teacher_boxes[..., :2])
-    bottom_right = torch.minimum(boxes[..., 2:], teacher_boxes[..., 2:])
-    intersection = (bottom_right - top_left).clamp(min=0).prod(dim=-1)
-    areas = (_sides(boxes).prod(dim=-1), _sides(teacher_boxes).prod(dim=-1))
-    union = (areas[0] + areas[1] - intersection).clamp(min=EPSILON)
-    iou = intersection / union
-    if loss_type == "iou":
-        return -iou.clamp(min=EPSILON).log()
-    top_left = torch.minimum(boxes[..., :2], teacher_boxes[..., :2])
-    bottom_right = torch.maximum(boxes[..., 2:], teacher_boxes[..., 2:])
-    enclosing = (bottom_right - top_left).clamp(min=0).prod(dim=-1).clamp(min=EPSILON)
-    return 1 - iou + (enclosing - union) / enclosing
-
-
-def _sides(boxes: torch.Tensor) -> torch.Tensor:
-    return boxes[..., 2:] - boxes[..., :2]
+    return losses.iou_loss(boxes, teacher_boxes, loss_type)
 
 
 def feature_loss(features: torch.Tensor, teacher_features: torch.Tensor) -> torch.Tensor:

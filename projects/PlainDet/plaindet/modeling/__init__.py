@@ -11,7 +11,7 @@ from .deformable_detr import DeformableDETR
 from .fcos import FCOS, FCOSHead
 from .fpn import LastLevelP6P7WithoutReLU, build_fpn_backbone
 from .gfl import GFL, GFLHead
-from .normalizer import mean_over_processes
+from .losses import mean_over_processes
 from .swin import build_swin_backbone
 from .timm_backbone import TimmBackbone, build_timm_backbone
 from .timm_weights import without_pretrained_weights

@@ -15,8 +15,7 @@ from torch import nn
 from torchvision.ops import generalized_box_iou_loss
 
 from .atss_assigner import assign_atss, centers_within
-from .losses import positives_normalizer
-from .normalizer import mean_over_processes
+from .losses import mean_over_processes, positives_normalizer
 
 
 class Positives(NamedTuple):
@@ -229,7 +228,8 @@ class AnchorCenterDetector(DenseDetector):
         *,
         image_size: tuple[int, int],
     ) -> Instances:
-        """
+        """The detections of one image.
+
         Args:
             anchors: by level, Ri each.
             pred_logits, pred_deltas, pred_centerness: (Ri, num_classes), (Ri, K) and (Ri, 1) for

@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 from torchvision.ops import box_convert
 
-from .normalizer import mean_over_processes
+from .losses import mean_over_processes
 
 if TYPE_CHECKING:
     from .deformable_transformer import (
@@ -108,7 +108,8 @@ class DeformableDETR(nn.Module):
         return self.pixel_mean.device
 
     def forward(self, batched_inputs: list[dict]):
-        """
+        """The losses of a batch in training, its detections in inference.
+
         Args:
             batched_inputs: Detectron2's: "image" (3, H, W); in training "instances" with `gt_boxes`
                 and `gt_classes`; in inference optionally "height" and "width" of the output.
@@ -166,7 +167,8 @@ class DeformableDETR(nn.Module):
     def losses(
         self, decoded: Decoded, targets: list[dict[str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
-        """
+        """The losses of all decoder layers.
+
         Args:
             targets: from :meth:`targets`.
 

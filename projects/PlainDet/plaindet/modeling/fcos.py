@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .deformable import DeformableConvWithOffset
-from .normalizer import mean_over_processes
+from .losses import iou_loss, mean_over_processes
 
 
 class FCOSHead(detectron2_fcos.FCOSHead):
@@ -61,7 +61,8 @@ class FCOSHead(detectron2_fcos.FCOSHead):
                 subnet[last] = DeformableConvWithOffset(conv.in_channels, conv.out_channels)
 
     def forward(self, features: list[torch.Tensor]):
-        """
+        """Predicts classes, boxes and centerness at all positions.
+
         Args:
             features: one (N, channels, Hi, Wi) for each level.
 
@@ -118,7 +119,7 @@ class FCOS(detectron2_fcos.FCOS):
         """
         Args:
             normalize_distances: as in the head.
-            box_reg_loss_type, iou_smoothing: see :func:`iou_loss`.
+            box_reg_loss_type, iou_smoothing: see :func:`plaindet.modeling.losses.iou_loss`.
             centerness_weighted_box_loss: weight a position's box loss by its centerness target.
             loss_normalizer: "batch" or "moving_average" (Detectron2's).
             test_class_score_thresh: on the class probability.
@@ -219,7 +220,8 @@ class FCOS(detectron2_fcos.FCOS):
     def losses(
         self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
     ):
-        """
+        """The losses of the FCOS paper.
+
         Args:
             anchors: a square of the size of the stride for each position, by level.
             pred_logits, pred_anchor_deltas, pred_centerness: one (N, Hi * Wi, K) for each level, K
@@ -256,7 +258,9 @@ class FCOS(detectron2_fcos.FCOS):
         loss_cls = sigmoid_focal_loss_jit(
             logits, one_hot, self.focal_loss_alpha, self.focal_loss_gamma, "sum"
         )
-        loss_box = iou_loss(distances, target_distances, self.box_reg_loss_type, self.iou_smoothing)
+        # As boxes around their positions.
+        boxes = (torch.cat([-x[..., :2], x[..., 2:]], -1) for x in (distances, target_distances))
+        loss_box = iou_loss(*boxes, self.box_reg_loss_type, self.iou_smoothing)
         loss_centerness = F.binary_cross_entropy_with_logits(
             centerness_logits, centerness, positive.float(), reduction="sum"
         )
@@ -282,7 +286,8 @@ class FCOS(detectron2_fcos.FCOS):
         return distances.where(positive[..., None], distances.new_ones(()))
 
     def forward_inference(self, images, features, predictions) -> list[Instances]:
-        """As Detectron2's; a candidate also needs a class probability above its threshold."""
+        """The detections, as Detectron2's. A candidate also needs a class probability above its
+        threshold."""
         pred_logits, pred_distances, pred_centerness = self._transpose_dense_predictions(
             predictions, [self.num_classes, 4, 1]
         )
@@ -313,31 +318,3 @@ def centerness_target(distances: torch.Tensor) -> torch.Tensor:
     horizontal = torch.minimum(left, right) / torch.maximum(left, right)
     vertical = torch.minimum(top, bottom) / torch.maximum(top, bottom)
     return torch.sqrt(horizontal * vertical)
-
-
-def iou_loss(
-    distances: torch.Tensor, targets: torch.Tensor, loss_type: str, smoothing: float = 0.0
-) -> torch.Tensor:
-    """The IoU loss of boxes that contain the same position, given by their distances from it.
-
-    Args:
-        distances, targets: (..., 4) left, top, right, bottom, not negative.
-        loss_type: "iou" (-log IoU) or "giou" (1 - GIoU).
-        smoothing: added to intersection and union. With 0, an IoU of 0 has the logarithm of 1e-7.
-
-    Returns:
-        (...): the loss of each pair
-    """
-    left, top, right, bottom = torch.minimum(distances, targets).unbind(dim=-1)
-    intersection = (left + right) * (top + bottom)
-    union = _area(distances) + _area(targets) - intersection
-    iou = (intersection + smoothing) / (union + smoothing).clamp(min=1e-7)
-    if loss_type == "iou":
-        return -iou.clamp(min=1e-7).log()
-    enclosing = _area(torch.maximum(distances, targets)).clamp(min=1e-7)
-    return 1 - iou + (enclosing - union) / enclosing
-
-
-def _area(distances: torch.Tensor) -> torch.Tensor:
-    left, top, right, bottom = distances.unbind(dim=-1)
-    return (left + right) * (top + bottom)
