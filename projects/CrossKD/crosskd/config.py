@@ -1,3 +1,5 @@
+"""The config keys of CrossKD."""
+
 from detectron2.config import CfgNode
 
 

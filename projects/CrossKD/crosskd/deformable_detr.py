@@ -77,7 +77,8 @@ class DETRCrossKD(CrossKD):
                 self.add_module(name, nn.Linear(source, target))
 
     def check_teacher(self):
-        """
+        """Checks the teacher's transformer against the student's.
+
         Raises:
             ValueError: its classes or levels are not the student's, or with the student's queries
                 its decoder layers, box refinement or stages.

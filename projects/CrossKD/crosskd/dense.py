@@ -86,7 +86,8 @@ class DenseCrossKD(CrossKD):
         adapter.position = self.position
 
     def check_teacher(self):
-        """
+        """Checks the teacher's head and anchors against the student's.
+
         Raises:
             ValueError: its classes, levels or anchors are not the student's, or its head has no
                 such position.

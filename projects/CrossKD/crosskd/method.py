@@ -49,7 +49,8 @@ class CrossKD(Method):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, adapter: DetectorAdapter, with_teacher: bool = True):
-        """
+        """The CrossKD of the detector's family, with the settings of a config.
+
         Raises:
             TypeError: there is no CrossKD for the family of the detector.
         """
@@ -103,14 +104,16 @@ class CrossKD(Method):
             self.set_teacher(teacher if isinstance(teacher, Teacher) else teacher())
 
     def check_student(self) -> None:
-        """
+        """Checks the settings against the student.
+
         Raises:
             ValueError: an option has a value that this detector cannot have.
         """
 
     @property
     def teacher_adapter(self) -> DetectorAdapter:
-        """
+        """The teacher, seen through the adapter of its own family.
+
         Raises:
             RuntimeError: there is no teacher.
         """
@@ -135,7 +138,8 @@ class CrossKD(Method):
         self.to(self.adapter.device)
 
     def check_teacher(self) -> None:
-        """
+        """Checks the settings against the teacher.
+
         Raises:
             ValueError: names the first thing in which the teacher differs from the student.
         """
@@ -154,7 +158,8 @@ class CrossKD(Method):
 
 
 def check_option(key: str, value, expected) -> None:
-    """
+    """Checks that a config key has one of the known values.
+
     Args:
         key: of the config, without MODEL.
         value: of this key.
@@ -168,7 +173,8 @@ def check_option(key: str, value, expected) -> None:
 
 
 def check_equal(found: dict) -> None:
-    """
+    """Checks that student and teacher agree.
+
     Args:
         found: pairs (teacher's, student's) by what they are.
 

@@ -70,7 +70,8 @@ class TwoStageCrossKD(CrossKD):
         self.box_weight = box_weight
 
     def check_student(self):
-        """
+        """Checks the settings against the student's box head.
+
         Raises:
             ValueError: its parts are not those of Faster and Mask R-CNN, or the box head has no
                 such position.
@@ -88,7 +89,8 @@ class TwoStageCrossKD(CrossKD):
         self.adapter.position = self.position
 
     def check_teacher(self):
-        """
+        """Checks the teacher's box head against the student's.
+
         Raises:
             ValueError: its ROI heads, classes, pooled features or box deltas are not the student's,
                 its box head has no such position, or features of another kind (convolutional,

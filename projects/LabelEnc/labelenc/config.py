@@ -1,3 +1,5 @@
+"""The config keys of LabelEnc."""
+
 from detectron2.config import CfgNode
 
 

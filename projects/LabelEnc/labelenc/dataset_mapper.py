@@ -38,7 +38,8 @@ class LabelMaps:
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> LabelMaps:
-        """
+        """The label maps of a config.
+
         Raises:
             ValueError: MODEL.LABELENC.LABEL_MAP is unknown, or needs masks that are not read.
         """

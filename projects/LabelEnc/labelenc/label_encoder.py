@@ -23,7 +23,8 @@ class SparseStem(nn.Conv2d):
     """
 
     def forward(self, label_maps: list[LabelMap] | torch.Tensor) -> torch.Tensor:
-        """
+        """Convolves label maps, computing at the planes of present classes alone.
+
         Args:
             label_maps: N label maps of one size (H, W), or a dense (N, C, H, W) tensor.
 
@@ -103,7 +104,8 @@ class LabelEncoder(Backbone):
             delattr(self, self._out_features.pop())
 
     def forward(self, label_maps: list[LabelMap] | torch.Tensor) -> dict[str, torch.Tensor]:
-        """
+        """Encodes the label maps of a batch.
+
         Args:
             label_maps: N label maps padded to one size (H, W), or a dense (N, C, H, W) tensor.
 

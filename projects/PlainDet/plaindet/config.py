@@ -1,3 +1,5 @@
+"""The config keys of the project, and reading configs."""
+
 from __future__ import annotations
 
 import importlib
@@ -85,8 +87,8 @@ def merge_config(
     overrides: Sequence[str] = (),
     add_configs: Sequence[Callable[[CfgNode], None]] = (),
 ) -> CfgNode:
-    """As :func:`read_config`, without the keys of the training methods and without the data sets,
-    which are not needed to build a detector."""
+    """Reads a config as :func:`read_config` does, without the keys of the training methods and
+    without the data sets, which are not needed to build a detector."""
     cfg = get_cfg()
     for add_config in (add_plaindet_config, add_registered_configs, *add_configs):
         add_config(cfg)

@@ -1,3 +1,5 @@
+"""Writing files."""
+
 from __future__ import annotations
 
 import os

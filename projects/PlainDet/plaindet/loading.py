@@ -90,7 +90,8 @@ def _check_not_compressed(path: str) -> None:
 
 
 def check_pickle(path: str) -> None:
-    """
+    """Checks that a pickle has data alone.
+
     Raises:
         ValueError: a pickle is damaged, or holds more than arrays, numbers, texts, lists and dicts.
     """

@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 def read_coco_json(
     name: str, json_file: str, image_root: str, needs_annotations: bool = False
 ) -> list[dict]:
-    """As Detectron2's `load_coco_json`: the records of a data set, and its classes in the metadata.
-    Besides, it
+    """Reads the records of a data set, and its classes into the metadata, as Detectron2's
+    `load_coco_json` does. Besides, it
 
     * looks at all of the file first, and names what is wrong in it,
     * keeps the boxes of annotations whose polygons are none, for detectors without masks,

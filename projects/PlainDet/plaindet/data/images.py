@@ -14,7 +14,8 @@ TRANSPOSED = (5, 6, 7, 8)
 
 
 def check_file_mode(file: str) -> None:
-    """
+    """Checks the pixels of an image file, without decoding them.
+
     Args:
         file: of an image; one that only Detectron2's PathManager knows (with `://`) is passed over.
 

@@ -1,3 +1,5 @@
+"""From a record of a data set to the input of a detector."""
+
 from collections.abc import Callable, Sequence
 
 from detectron2.config import configurable

@@ -97,7 +97,8 @@ def check_teacher_classes(teacher: Teacher, cfg: CfgNode) -> None:
 
 
 def check_datasets(key: str, dataset_names: Sequence[str]) -> None:
-    """
+    """Checks that data sets are registered and have their annotations.
+
     Args:
         key: of the config, which names these data sets.
 
@@ -123,7 +124,8 @@ def check_datasets(key: str, dataset_names: Sequence[str]) -> None:
 
 
 def check_device(cfg: CfgNode) -> None:
-    """
+    """Checks that there is the device of a config, and that it has the precision.
+
     Raises:
         ValueError: there is no such device, or mixed precision is asked for on the CPU, where
             Detectron2's AMPTrainer cannot, or of an unknown type.

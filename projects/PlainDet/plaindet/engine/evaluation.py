@@ -1,3 +1,5 @@
+"""The evaluator of a data set."""
+
 from __future__ import annotations
 
 import contextlib

@@ -79,7 +79,8 @@ class Method(nn.Module):
         return []
 
     def check_others(self, others: Sequence[Method]) -> None:
-        """
+        """Checks that it goes together with the further methods of a task.
+
         Args:
             others: the further methods of the task.
 

@@ -34,7 +34,7 @@ class Observer(ExitStack):
         return calls
 
     def method(self, owner: object, name: str) -> list[Call]:
-        """The same of a method that is no module: for this time the object has one of its own."""
+        """The calls of a method that is no module: for this time the object has one of its own."""
         calls, original = [], getattr(owner, name)
 
         def recorded(*arguments, **keywords):

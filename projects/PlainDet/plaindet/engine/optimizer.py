@@ -1,3 +1,5 @@
+"""Optimizers by config."""
+
 from __future__ import annotations
 
 import itertools
@@ -10,8 +12,8 @@ from torch import nn
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """As Detectron2's, for SOLVER.OPTIMIZER, SOLVER.LR_FACTORS and the further CLIP_TYPE
-    "full_model".
+    """Builds the optimizer as Detectron2 does, with SOLVER.OPTIMIZER, SOLVER.LR_FACTORS and the
+    further CLIP_TYPE "full_model".
 
     Raises:
         ValueError: an option has an unknown value.

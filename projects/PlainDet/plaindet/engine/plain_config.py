@@ -1,3 +1,5 @@
+"""The config of the plain detector, for Detectron2 alone."""
+
 from __future__ import annotations
 
 import os

@@ -1,3 +1,5 @@
+"""What the processes of a run agree on."""
+
 from __future__ import annotations
 
 from functools import lru_cache

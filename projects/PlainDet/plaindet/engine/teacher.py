@@ -49,7 +49,8 @@ class Teacher:
         self.class_names = class_names
 
     def check_input_format(self, input_format: str) -> None:
-        """
+        """Checks that the student's images can be turned into the teacher's.
+
         Args:
             input_format: of the student's images.
 
@@ -140,7 +141,7 @@ class CompleteCheckpointer(SafeCheckpointer):
     of a sequence than the model; other networks in the file, as a mask head, are left out."""
 
     def load(self, path: str, *args, **kwargs) -> dict:
-        """As Detectron2's, of a file.
+        """Loads a file, as Detectron2's, of which the whole model has to be there.
 
         Raises:
             ValueError: names the file, and the parameters that it lacks, has in another shape, or

@@ -130,7 +130,8 @@ class PlainTrainer(DefaultTrainer):
             method.write_files(self.cfg.OUTPUT_DIR, self.checkpointer.class_names)
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As DefaultTrainer's; where nothing is resumed, the methods then start.
+        """Resumes the run, or loads weights, as DefaultTrainer's. Where nothing is resumed, the
+        methods then start.
 
         Raises:
             ValueError: the checkpoint is of an iteration behind the end of the run.
@@ -187,7 +188,7 @@ class PlainTrainer(DefaultTrainer):
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
-        """As DefaultTrainer's, which also scales the iterations of the methods."""
+        """Rescales a config to a number of processes, as DefaultTrainer's, methods included."""
         scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
         if scaled is not cfg:
             factor = num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE
@@ -208,7 +209,7 @@ class PlainTrainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
-        """As DefaultTrainer's, of the plain detector."""
+        """Evaluates the plain detector, as DefaultTrainer's."""
         model = model.module if isinstance(model, DistributedDataParallel) else model
         model = model.detector if isinstance(model, TrainingTask) else model
         return super().test(cfg, model, evaluators)
@@ -240,7 +241,7 @@ class PlainTrainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
-        """As DefaultTrainer's, with a mapper whose errors name the image."""
+        """The images of DefaultTrainer's, with a mapper whose errors name the image."""
         mapper = PlainDatasetMapper(cfg, is_train=False)
         records = None if cfg.MODEL.LOAD_PROPOSALS else validated_records(cfg, dataset_name)
         if records is None:

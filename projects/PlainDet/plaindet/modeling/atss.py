@@ -76,7 +76,8 @@ class ATSS(AnchorCenterDetector):
     def losses(
         self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
     ):
-        """
+        """The losses of the ATSS paper.
+
         Args:
             anchors: by level, R in total.
             pred_logits, pred_anchor_deltas, pred_centerness: one (N, Hi * Wi, K) for each level, K

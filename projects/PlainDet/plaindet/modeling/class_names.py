@@ -1,3 +1,5 @@
+"""The names of the classes that weights were trained for."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

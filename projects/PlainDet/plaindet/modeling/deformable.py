@@ -33,7 +33,8 @@ class DeformableConv2d(Conv2d):
     def forward(
         self, x: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """
+        """Convolves `x` at the sampled positions.
+
         Args:
             x: (N, in_channels, H, W)
             offset: (N, G * K * 2, H', W'), in pixels of `x`, y before x.

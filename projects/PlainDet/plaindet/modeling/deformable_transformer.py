@@ -200,7 +200,8 @@ class DeformableTransformer(nn.Module):
         return len(self.model.decoder.layers)
 
     def encode(self, features: list[torch.Tensor], pixel_mask: torch.Tensor) -> Memory:
-        """
+        """Runs the input projections and the encoder.
+
         Args:
             features: (N, channels, Hi, Wi) of the backbone, the finest level first.
             pixel_mask: (N, H, W) bool, False for padding.
@@ -359,7 +360,8 @@ class SetCriterion(DeformableDetrImageLoss):
     def forward(
         self, predictions: Predictions, targets: list[dict], num_boxes: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """
+        """The losses of the predictions of one decoder layer.
+
         Args:
             targets: for each image "class_labels" (G,) and "boxes" (G, 4) as predictions have them.
             num_boxes: scalar, what the losses are divided by.

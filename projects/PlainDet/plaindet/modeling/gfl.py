@@ -36,7 +36,8 @@ class GFLHead(RetinaNetHead):
         self.scales = nn.Parameter(torch.ones(len(input_shape)))
 
     def forward(self, features: list[torch.Tensor]):
-        """
+        """Predicts classes and distributions of distances at all positions.
+
         Args:
             features: one (N, channels, Hi, Wi) for each level.
 
@@ -76,7 +77,8 @@ class DistributionTransform(Box2BoxTransformLinear):
         self.anchor_scale = anchor_scale
 
     def get_deltas(self, src_boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
-        """
+        """The distances that anchors have to regress.
+
         Args:
             src_boxes, target_boxes: anchors and boxes (P, 4), XYXY in pixels.
 
@@ -86,7 +88,8 @@ class DistributionTransform(Box2BoxTransformLinear):
         return super().get_deltas(src_boxes, target_boxes) * self.anchor_scale
 
     def apply_deltas(self, deltas: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """
+        """The boxes of distributions of distances.
+
         Args:
             deltas: logits (P, 4 * (reg_max + 1)), the bins of the left side first.
             boxes: anchors (P, 4), XYXY in pixels.
@@ -153,7 +156,8 @@ class GFL(AnchorCenterDetector):
         }
 
     def losses(self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes):
-        """
+        """The losses of the GFL paper.
+
         Args:
             anchors: by level, R in total.
             pred_logits, pred_anchor_deltas: one (N, Hi * Wi, K) for each level, K being the classes

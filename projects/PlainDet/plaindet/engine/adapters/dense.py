@@ -93,7 +93,7 @@ class DenseAdapter(DetectorAdapter):
         return lambda: SeenHead(head(), labels)
 
     def look_at_run(self, observer: Observer):
-        """As `look_at_head`, of a :class:`HeadRun`."""
+        """Looks at the head as `look_at_head` does, for a :class:`HeadRun`."""
         head = self.detector.head
         calls, towers = observer.module(head), []
         if self.position > 0:

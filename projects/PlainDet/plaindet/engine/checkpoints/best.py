@@ -1,3 +1,5 @@
+"""The checkpoint with the best metric."""
+
 from __future__ import annotations
 
 from detectron2.engine import hooks

@@ -59,7 +59,7 @@ class PlainCheckpointer(SafeCheckpointer):
         self._resumed_file = None
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
-        """As Detectron2's.
+        """Resumes from the newest whole checkpoint, or loads weights, as Detectron2's.
 
         Raises:
             ValueError: the checkpoint to resume from is of other classes or of another model.
@@ -87,7 +87,7 @@ class PlainCheckpointer(SafeCheckpointer):
         return super()._load_model(checkpoint)
 
     def save(self, name: str, **kwargs) -> None:
-        """As Detectron2's.
+        """Writes a checkpoint, as Detectron2's, which is whole or not there at all.
 
         Raises:
             FloatingPointError: a weight is infinite or NaN; nothing is written.
@@ -109,7 +109,8 @@ class PlainCheckpointer(SafeCheckpointer):
         self.tag_last_checkpoint(os.path.basename(path))
 
     def check_finite(self) -> None:
-        """
+        """Checks all weights that a checkpoint would have.
+
         Raises:
             FloatingPointError: a weight is infinite or NaN.
         """

@@ -27,7 +27,8 @@ META_ARCHITECTURE = "MODEL.META_ARCHITECTURE"
 def check_same_model(
     path: str, state: dict[str, torch.Tensor], config: str | None, model: nn.Module, cfg: CfgNode
 ) -> None:
-    """
+    """Compares a checkpoint's model with the one that is to go on.
+
     Args:
         path: of the checkpoint, for messages.
         state, config: its model's state dict, and its config's MODEL as yaml; None: unknown.
