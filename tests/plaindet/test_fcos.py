@@ -319,35 +319,35 @@ def test_head_options():
     assert "cls_subnet.0.offset.weight" not in keys
 
 
-def test_learns_to_detect_one_box(make_fcos):
+@pytest.mark.parametrize("kind", [pytest.param("fcos", marks=pytest.mark.long), "fcos_imprv"])
+def test_learns_to_detect_one_box(make_fcos, kind):
     """A few steps on one image, until its decoded box is right: units and offsets fit together."""
-    for config in ("quick/fcos_R_18_baseline.yaml", "quick/fcos_imprv_R_18_baseline.yaml"):
-        model = make_fcos(config=config)
-        box = torch.tensor([[18.0, 10.0, 42.0, 50.0]])
-        instances = Instances((64, 64), gt_boxes=Boxes(box), gt_classes=torch.tensor([3]))
-        image = torch.rand(3, 64, 64) * 60
-        image[:, 10:50, 18:42] += 150
-        batch = [{"image": image, "instances": instances}] * 2
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-        scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=50)
-        with EventStorage():
-            for _ in range(50):
-                optimizer.zero_grad()
-                sum(model(batch).values()).backward()
-                optimizer.step()
-                scheduler.step()
-            predictions = model.head(
-                list(model.backbone(model.preprocess_image(batch).tensor).values())
-            )
-            anchors = model.anchor_generator(predictions[0])
-            predictions = model._transpose_dense_predictions(predictions, [5, 4, 1])
-        logits, distances, centerness = (torch.cat(levels, 1)[0] for levels in predictions)
-        best = (logits[:, 3].sigmoid() * centerness[:, 0].sigmoid()).argmax()
-        decoded = model.box2box_transform.apply_deltas(
-            distances[best][None], Boxes.cat(anchors).tensor[best][None]
+    model = make_fcos(config=f"quick/{kind}_R_18_baseline.yaml")
+    box = torch.tensor([[18.0, 10.0, 42.0, 50.0]])
+    instances = Instances((64, 64), gt_boxes=Boxes(box), gt_classes=torch.tensor([3]))
+    image = torch.rand(3, 64, 64) * 60
+    image[:, 10:50, 18:42] += 150
+    batch = [{"image": image, "instances": instances}] * 2
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=50)
+    with EventStorage():
+        for _ in range(50):
+            optimizer.zero_grad()
+            sum(model(batch).values()).backward()
+            optimizer.step()
+            scheduler.step()
+        predictions = model.head(
+            list(model.backbone(model.preprocess_image(batch).tensor).values())
         )
-        # Short trainings differ in the last bits of their numbers, and then by some pixels.
-        assert pairwise_iou(Boxes(decoded), Boxes(box)) > 0.75
+        anchors = model.anchor_generator(predictions[0])
+        predictions = model._transpose_dense_predictions(predictions, [5, 4, 1])
+    logits, distances, centerness = (torch.cat(levels, 1)[0] for levels in predictions)
+    best = (logits[:, 3].sigmoid() * centerness[:, 0].sigmoid()).argmax()
+    decoded = model.box2box_transform.apply_deltas(
+        distances[best][None], Boxes.cat(anchors).tensor[best][None]
+    )
+    # Short trainings differ in the last bits of their numbers, and then by some pixels.
+    assert pairwise_iou(Boxes(decoded), Boxes(box)) > 0.75
 
 
 def test_unknown_options(make_fcos):

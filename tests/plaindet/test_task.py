@@ -169,7 +169,13 @@ class Trainer(PlainTrainer):
         return mapper
 
 
-@own_detectors
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=pytest.mark.long) for name in OWN[:2]),
+        *OWN[2:],
+    ],
+)
 def test_from_its_plain_config(make_own_cfg, name, tmp_path):
     """One key more for LabelEnc, for CrossKD and for both, with the folder of the teacher's run;
     what they train is the plain detector."""
