@@ -26,7 +26,8 @@ BACKBONES = [
     "tf_efficientnet_lite0",
     "vit_tiny_patch16_224",
 ]
-SWIN = "swin_tiny_patch4_window7_224"  # takes a gigabyte
+SWIN = "swin_tiny_patch4_window7_224"
+TAKES_A_GIGABYTE = [pytest.mark.long, pytest.mark.usefixtures("alone")]
 # A plain ViT has one stride. What an FPN needs for it:
 ONE_LEVEL = {
     "MODEL.TIMM.OUT_FEATURES": "['res4']",
@@ -118,8 +119,7 @@ assert not {"labelenc", "crosskd", "train_net"} & sys.modules.keys()
 """
 
 
-@pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("names", [BACKBONES, pytest.param([SWIN], marks=pytest.mark.long)])
+@pytest.mark.parametrize("names", [BACKBONES, pytest.param([SWIN], marks=TAKES_A_GIGABYTE)])
 def test_every_backbone_with_every_method(run_cfg, tmp_path, names):
     """One iteration each, whose checkpoint is that of the plain detector."""
     folders = []
@@ -134,8 +134,7 @@ def test_every_backbone_with_every_method(run_cfg, tmp_path, names):
     subprocess.run([sys.executable, "-c", LOAD, *folders], check=True, cwd=tmp_path)
 
 
-@pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("name", [SWIN, "convnext_atto"])
+@pytest.mark.parametrize("name", [pytest.param(SWIN, marks=TAKES_A_GIGABYTE), "convnext_atto"])
 def test_teacher_of_another_family(run_cfg, name):
     train(run_cfg("plain", name))
     cfg = run_cfg("crosskd", "tf_efficientnet_lite0")

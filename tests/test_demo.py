@@ -124,7 +124,9 @@ def test_a_training_that_fails(make_runs, capfd):
     assert "run 3 of 3 (the third): finished, AP 12.3" in output
 
 
-@pytest.mark.parametrize("stop", ["keyboard", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize(
+    "stop", ["keyboard", pytest.param("SIGTERM", marks=pytest.mark.long), "SIGKILL"]
+)
 def test_a_demo_that_is_stopped(make_runs, stop):
     """Its training ends with it, or trains on under a lock, for which the next call waits."""
     (run,) = make_runs("first", seconds=0.3)

@@ -3,9 +3,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parent.parent
 
 
+@pytest.mark.long
 def test_a_few_kills():
     """The short form of `make soak`."""
     result = subprocess.run(

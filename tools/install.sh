@@ -35,7 +35,8 @@ if [ -n "$WHEELS" ]; then
     options=(--no-index --find-links "$WHEELS")
     export PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= # which may name other places
 fi
-pip_loudly() { "$PYTHON" -m pip install --disable-pip-version-check "${options[@]}" "$@"; }
+# Not compiled: most is never imported, and Python compiles the rest when it first is.
+pip_loudly() { "$PYTHON" -m pip install --no-compile --disable-pip-version-check "${options[@]}" "$@"; }
 pip_install() { pip_loudly --quiet "$@"; }
 
 # Detectron2's setup.py imports torch, so torch comes first. Its wheel below is installed without

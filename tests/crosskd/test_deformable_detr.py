@@ -228,6 +228,7 @@ def train_distributed(cfg):
         assert torch.equal(*comm.all_gather(parameter.detach()))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("alone")
 def test_two_processes(make_trainer):
     """DistributedDataParallel with Detectron2's settings."""

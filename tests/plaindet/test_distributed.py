@@ -33,8 +33,8 @@ NO_SAMPLING = ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000")
 NO_SAMPLING += ("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "100000")
 # (method, detector, phase: L3 switched on, losses that follow, more of the config)
 CASES = [
-    *(("labelenc_step1", d, on, ALL, ()) for d in DENSE for on in (False, True)),
-    *(("labelenc_step2", d, on, ALL, ()) for d in DENSE for on in (True, False)),
+    *((f"labelenc_step{step}", d, True, ALL, ()) for step in (1, 2) for d in DENSE),
+    *((f"labelenc_step{step}", "gfl", False, ALL, ()) for step in (1, 2)),
     *((f"labelenc_step{step}", "retinanet", True, DISTANCE, ()) for step in (1, 2)),
     ("labelenc_step1", "faster_rcnn", False, RPN, NO_SAMPLING),
     *(

@@ -19,7 +19,10 @@ CONFIG = "quick/retinanet_R_18_baseline.yaml"
     [
         # The loss normaliser of RetinaNet is a moving average.
         ("baseline", "retinanet", ["DATALOADER.NUM_WORKERS", "2"]),
-        ("baseline", "fcos", ["MODEL.FCOS.LOSS_NORMALIZER", "moving_average"]),
+        pytest.param(
+            *("baseline", "fcos", ["MODEL.FCOS.LOSS_NORMALIZER", "moving_average"]),
+            marks=pytest.mark.long,
+        ),
         # Random samples of anchors and proposals.
         ("baseline", "faster_rcnn", []),
         # Random label maps, and a phase that starts at iteration 2.
