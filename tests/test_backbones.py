@@ -26,8 +26,7 @@ BACKBONES = [
     "tf_efficientnet_lite0",
     "vit_tiny_patch16_224",
 ]
-SWIN = "swin_tiny_patch4_window7_224"
-TAKES_A_GIGABYTE = [pytest.mark.long, pytest.mark.usefixtures("alone")]
+SWIN = "swin_tiny_patch4_window7_224"  # takes a gigabyte
 # A plain ViT has one stride. What an FPN needs for it:
 ONE_LEVEL = {
     "MODEL.TIMM.OUT_FEATURES": "['res4']",
@@ -119,9 +118,11 @@ assert not {"labelenc", "crosskd", "train_net"} & sys.modules.keys()
 """
 
 
-@pytest.mark.parametrize("names", [BACKBONES, pytest.param([SWIN], marks=TAKES_A_GIGABYTE)])
-def test_every_backbone_with_every_method(run_cfg, tmp_path, names):
+@pytest.mark.parametrize("names", [BACKBONES, pytest.param([SWIN], marks=pytest.mark.long)])
+def test_every_backbone_with_every_method(run_cfg, tmp_path, names, request):
     """One iteration each, whose checkpoint is that of the plain detector."""
+    if SWIN in names:
+        request.getfixturevalue("alone")
     folders = []
     for name in names:
         for run in RUNS:
@@ -134,8 +135,10 @@ def test_every_backbone_with_every_method(run_cfg, tmp_path, names):
     subprocess.run([sys.executable, "-c", LOAD, *folders], check=True, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("name", [pytest.param(SWIN, marks=TAKES_A_GIGABYTE), "convnext_atto"])
-def test_teacher_of_another_family(run_cfg, name):
+@pytest.mark.parametrize("name", [pytest.param(SWIN, marks=pytest.mark.long), "convnext_atto"])
+def test_teacher_of_another_family(run_cfg, name, request):
+    if name == SWIN:
+        request.getfixturevalue("alone")
     train(run_cfg("plain", name))
     cfg = run_cfg("crosskd", "tf_efficientnet_lite0")
     cfg.merge_from_list(teacher_options(run_cfg("crosskd", name), name))
