@@ -151,6 +151,9 @@ def add_plaindet_config(cfg: CfgNode) -> None:
     # For AdamW: factors of the learning rate, each [a part of parameters' names, factor]. The first
     # that fits counts.
     cfg.SOLVER.LR_FACTORS = []
+    # For AdamW and a plain ViT: the factor of the learning rate from each block to the one below.
+    # With another than 1 the position embedding has no weight decay, as in Detectron2's ViTDet.
+    cfg.SOLVER.VIT_LR_DECAY_RATE = 1.0
     # SOLVER.CLIP_GRADIENTS.CLIP_TYPE may also be "full_model": the norm of all gradients together.
     # With SOLVER.AMP.ENABLED: "float16" (Detectron2's), with scaled gradients, or "bfloat16".
     cfg.SOLVER.AMP.PRECISION = "float16"
@@ -195,6 +198,21 @@ def add_plaindet_config(cfg: CfgNode) -> None:
     cfg.MODEL.SWIN.DROP_PATH_RATE = 0.2
     # "p0" to "p3" are the stages, of the strides 4 to 32.
     cfg.MODEL.SWIN.OUT_FEATURES = ["p1", "p2", "p3"]
+
+    # ViTDet (build_vitdet_backbone; needs timm). The defaults are ViT-B's.
+    cfg.MODEL.VIT = CfgNode()
+    # The side of the squares to which batches are padded, so the largest side of an image.
+    cfg.MODEL.VIT.IMAGE_SIZE = 1024
+    cfg.MODEL.VIT.EMBED_DIM = 768
+    # Blocks, and attention heads of each.
+    cfg.MODEL.VIT.DEPTH = 12
+    cfg.MODEL.VIT.NUM_HEADS = 12
+    # The blocks, from 0, that attend to all patches. The others do so within windows, of this many
+    # patches at a side.
+    cfg.MODEL.VIT.GLOBAL_BLOCKS = [2, 5, 8, 11]
+    cfg.MODEL.VIT.WINDOW_SIZE = 14
+    # Stochastic depth: the rate of the last block.
+    cfg.MODEL.VIT.DROP_PATH_RATE = 0.1
 
     # FCOS. The defaults are the original's with its later improvements.
     cfg.MODEL.FCOS = CfgNode()

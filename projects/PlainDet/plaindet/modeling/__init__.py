@@ -15,6 +15,7 @@ from .losses import mean_over_processes
 from .swin import build_swin_backbone
 from .timm_backbone import TimmBackbone, build_timm_backbone
 from .timm_weights import without_pretrained_weights
+from .vitdet import build_vitdet_backbone
 
 
 def __getattr__(name: str):
