@@ -156,7 +156,7 @@ def test_cross_head_predictions(make_trainer, position, monkeypatch):
     )
     with EventStorage():
         trainer.model(batch)
-    regions, predictions, target = seen
+    regions, predictions, target, _ = seen
 
     held = []
     with torch.no_grad():

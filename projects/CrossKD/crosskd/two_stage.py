@@ -25,7 +25,8 @@ class TwoStageCrossKD(CrossKD):
 
     The regions are those that the student samples from its own proposals for its detection losses;
     the teacher's predictions of the same regions are the target. The RPN and the mask head learn
-    from the ground truth alone.
+    from the ground truth alone. In a cascade each stage of the student has the same stage of the
+    teacher, and losses of its own, with the suffixes `_stage0`, `_stage1`, ...
     """
 
     adapter_class = TwoStageAdapter
@@ -78,10 +79,11 @@ class TwoStageCrossKD(CrossKD):
         """
         # Other ROI heads run their parts in another way, or have others.
         roi_heads = self.adapter.detector.roi_heads
-        check_option("ROI_HEADS.NAME", type(roi_heads).__name__, ("StandardROIHeads",))
-        box_head, box_predictor = roi_heads.box_head, roi_heads.box_predictor
-        check_option("ROI_BOX_HEAD.NAME", type(box_head).__name__, ("FastRCNNConvFCHead",))
-        check_option("ROI_BOX_HEAD.USE_SIGMOID_CE", box_predictor.use_sigmoid_ce, (False,))
+        known = ("StandardROIHeads", "CascadeROIHeads")
+        check_option("ROI_HEADS.NAME", type(roi_heads).__name__, known)
+        for box_head, box_predictor in self.adapter.stages:
+            check_option("ROI_BOX_HEAD.NAME", type(box_head).__name__, ("FastRCNNConvFCHead",))
+            check_option("ROI_BOX_HEAD.USE_SIGMOID_CE", box_predictor.use_sigmoid_ce, (False,))
         check_option("ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", roi_heads.train_on_pred_boxes, (False,))
         if self.adapter.detector.proposal_generator is None:
             check_option("PROPOSAL_GENERATOR.NAME", "PrecomputedProposals", ("RPN",))
@@ -100,21 +102,27 @@ class TwoStageCrossKD(CrossKD):
         both = [x.detector for x in adapters]
         roi_heads = [x.roi_heads for x in both]
         check_equal({"kind of ROI heads": [type(x).__name__ for x in roi_heads]})
-        predictors = [x.box_predictor for x in roi_heads]
         check_equal(
             {
-                "kind of box head": [type(x.box_head).__name__ for x in roi_heads],
+                "number of stages": [len(x.stages) for x in adapters],
                 "number of classes": [x.num_classes for x in roi_heads],
                 "strides of the pooled levels": [
                     [x.backbone.output_shape()[name].stride for name in x.roi_heads.box_in_features]
                     for x in both
                 ],
                 "resolution of the pooled features": [x.box_pooler.output_size for x in roi_heads],
-                "number of box deltas": [x.bbox_pred.out_features for x in predictors],
-                "weights of the box deltas": [x.box2box_transform.weights for x in predictors],
-                "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": [x.use_sigmoid_ce for x in predictors],
             }
         )
+        for stages in zip(*(x.stages for x in adapters)):
+            heads, predictors = zip(*stages)
+            check_equal(
+                {
+                    "kind of box head": [type(x).__name__ for x in heads],
+                    "number of box deltas": [x.bbox_pred.out_features for x in predictors],
+                    "weights of the box deltas": [x.box2box_transform.weights for x in predictors],
+                    "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": [x.use_sigmoid_ce for x in predictors],
+                }
+            )
         positions = self.teacher_adapter.num_positions
         if self.position > positions:
             raise ValueError(
@@ -130,25 +138,31 @@ class TwoStageCrossKD(CrossKD):
         if source == target or self.strategy == "mimicking":
             return
         # No bias, since the alignment behind it removes the mean.
-        if len(source) == 1:
-            self.projection = nn.Linear(source[0], target[0], bias=False)
-        else:
-            self.projection = nn.Conv2d(source[0], target[0], kernel_size=1, bias=False)
+        for stage in range(len(self.adapter.stages)):
+            if len(source) == 1:
+                projection = nn.Linear(source[0], target[0], bias=False)
+            else:
+                projection = nn.Conv2d(source[0], target[0], kernel_size=1, bias=False)
+            self.add_module(f"projection{self._suffix(stage)}", projection)
+
+    def _suffix(self, stage: int) -> str:
+        return f"_stage{stage}" if len(self.adapter.stages) > 1 else ""
 
     def losses(self, batched_inputs, seen):
-        boxes, held, imitating = seen.head
-        with torch.no_grad():
-            adapter, position = self.teacher_adapter, self.position
-            reference = adapter.region_features(
-                self.teacher_features(batched_inputs), boxes, position
-            )
-            teacher = adapter.predictions_from(reference, position)
-        if self.strategy == "a":
-            imitating = self.cross_head_predictions(held, reference)
-        return self.distillation_losses(boxes, imitating, teacher)
+        losses, adapter, position = {}, self.teacher_adapter, self.position
+        features = self.teacher_features(batched_inputs)
+        for stage, (boxes, held, imitating) in enumerate(seen.head):
+            with torch.no_grad():
+                reference = adapter.region_features(features, boxes, position, stage)
+                teacher = adapter.predictions_from(reference, position, stage)
+            if self.strategy == "a":
+                imitating = self.cross_head_predictions(held, reference, stage)
+            found = self.distillation_losses(boxes, imitating, teacher, stage)
+            losses.update({f"{name}{self._suffix(stage)}": loss for name, loss in found.items()})
+        return losses
 
     def cross_head_predictions(
-        self, held: torch.Tensor, reference: torch.Tensor
+        self, held: torch.Tensor, reference: torch.Tensor, stage: int = 0
     ) -> RegionPredictions:
         """Predictions of the teacher's box head from the student's region features, which are first
         given the statistics of the teacher's features of the same regions.
@@ -157,13 +171,18 @@ class TwoStageCrossKD(CrossKD):
             held, reference: the student's and the teacher's features at the position,
                 (R, channels, height, width) or (R, channels).
         """
-        aligned = align_features(self.project("projection", held), reference)
+        projected = self.project(f"projection{self._suffix(stage)}", held)
+        aligned = align_features(projected, reference)
         if self.position > 0:  # features inside the head are rectified, the pooled ones are not
             aligned = F.relu(aligned)
-        return self.teacher_adapter.predictions_from(aligned, self.position)
+        return self.teacher_adapter.predictions_from(aligned, self.position, stage)
 
     def distillation_losses(
-        self, regions: list[Boxes], predictions: RegionPredictions, target: RegionPredictions
+        self,
+        regions: list[Boxes],
+        predictions: RegionPredictions,
+        target: RegionPredictions,
+        stage: int = 0,
     ) -> dict[str, torch.Tensor]:
         """D_pred between predictions and their constant target, weighted, and divided by the number
         of regions, as the detection losses are. The box of a region is that of the teacher's class,
@@ -179,7 +198,7 @@ class TwoStageCrossKD(CrossKD):
         confidence, classes = scores.max(dim=-1)  # r
         boxes = [deltas_of_classes(x.deltas, classes) for x in (predictions, target)]
         if self.box_loss_type != "l1":
-            transform = self.adapter.detector.roi_heads.box_predictor.box2box_transform
+            transform = self.adapter.stages[stage][1].box2box_transform
             proposals = Boxes.cat(regions).tensor
             boxes = [transform.apply_deltas(deltas, proposals) for deltas in boxes]
         loss_box = box_loss(*boxes, self.box_loss_type) * confidence

@@ -42,22 +42,28 @@ class Observer(ExitStack):
             calls.append(Call(arguments, output))
             return output
 
-        self.enter_context(_attribute(owner, name, recorded))
+        self.enter_context(replaced_method(owner, name, recorded))
         return calls
 
 
 def single(calls: list[Call], what: str) -> Call:
-    """The only call of a part of a detector.
+    """The only call of a part of a detector, see :func:`counted`."""
+    return counted(calls, 1, what)[0]
+
+
+def counted(calls: list[Call], number: int, what: str) -> list[Call]:
+    """The calls of a part of a detector.
 
     Raises:
-        RuntimeError: the detector calls it more than once in an iteration, or not at all.
+        RuntimeError: the detector calls it more or less often in an iteration.
     """
-    if len(calls) != 1:
+    if len(calls) != number:
         raise RuntimeError(
             f"{what} was called {len(calls)} times while the detector computed its losses, "
-            "expected once: a training method cannot tell which of the calls to look at"
+            f"expected {'once' if number == 1 else f'{number} times'}: a training method cannot "
+            "tell which of the calls to look at"
         )
-    return calls[0]
+    return calls
 
 
 @contextmanager
@@ -112,10 +118,11 @@ class _StandIn(nn.Module):
 
 
 @contextmanager
-def _attribute(owner: object, name: str, value: Callable) -> Iterator[None]:
+def replaced_method(owner: object, name: str, function: Callable) -> Iterator[None]:
+    """For this time an object has this function in place of a method."""
     own = vars(owner)
     earlier = {name: own[name]} if name in own else {}
-    own[name] = value
+    own[name] = function
     try:
         yield
     finally:

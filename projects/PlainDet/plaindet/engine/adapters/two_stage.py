@@ -1,7 +1,8 @@
 """Detectron2's two-stage detectors and all that derive from them.
 
 "Position i" of a box head is behind its i-th layer (convolution or fully-connected, with its
-activation); position 0 is the pooled features of the regions.
+activation); position 0 is the pooled features of the regions. A cascade has a box head and a
+predictor for each of its stages, all others have one stage.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.structures import Boxes
 from torch import nn
 
-from ..observation import Observer, single
+from ..observation import Observer, counted, single
 from .base import DetectorAdapter, anchor_settings, register_adapter
 
 
@@ -26,7 +27,7 @@ class RegionPredictions(NamedTuple):
 
 
 class SeenRegions(NamedTuple):
-    """What was seen of the box head in training."""
+    """What was seen of the box head of a stage in training."""
 
     boxes: list[Boxes]  # the regions of each image
     held: torch.Tensor  # their features at the position
@@ -55,48 +56,66 @@ class TwoStageAdapter(DetectorAdapter):
             **anchor_settings(proposal_generator.anchor_generator),
         }
 
-    def look_at_head(self, observer: Observer):
+    @property
+    def stages(self) -> list[tuple[nn.Sequential, nn.Module]]:
+        """The box head and the box predictor of each stage."""
         roi_heads = self.detector.roi_heads
-        pooler = observer.module(roi_heads.box_pooler)
-        predictor = observer.module(roi_heads.box_predictor)
-        layer = pooler
-        if self.position > 0:
-            end = _ends(roi_heads.box_head)[self.position]
-            layer = observer.module(list(roi_heads.box_head)[end - 1])
+        if isinstance(roi_heads.box_head, nn.ModuleList):
+            return list(zip(roi_heads.box_head, roi_heads.box_predictor))
+        return [(roi_heads.box_head, roi_heads.box_predictor)]
 
-        def seen() -> SeenRegions:
-            (_, boxes), _ = single(pooler, "The pooler of the box head")
-            predictions = RegionPredictions(*single(predictor, "The box predictor").output)
-            return SeenRegions(boxes, single(layer, "The box head").output, predictions)
+    def look_at_head(self, observer: Observer):
+        pooler = observer.module(self.detector.roi_heads.box_pooler)
+        heads, layers, predictors = [], [], []
+        for box_head, predictor in self.stages:
+            heads.append(observer.module(box_head))
+            end = _ends(box_head)[self.position]
+            layers.append(observer.module(list(box_head)[end - 1]) if end else None)
+            predictors.append(observer.module(predictor))
+
+        def seen() -> list[SeenRegions]:
+            stages = []
+            poolings = counted(pooler, len(heads), "The pooler of the box head")
+            for (arguments, _), head, layer, predictor in zip(poolings, heads, layers, predictors):
+                # Not the pooler's output, whose gradient a cascade scales in front of its heads.
+                (held, *_), _ = single(head, "The box head")
+                if layer is not None:
+                    held = single(layer, "The box head").output
+                predictions = RegionPredictions(*single(predictor, "The box predictor").output)
+                stages.append(SeenRegions(arguments[1], held, predictions))
+            return stages
 
         return seen
 
     def region_features(
-        self, features: dict[str, torch.Tensor], boxes: list[Boxes], position: int
+        self, features: dict[str, torch.Tensor], boxes: list[Boxes], position: int, stage: int = 0
     ) -> torch.Tensor:
         """Pools regions from the features of the backbone, and runs the box head up to a position.
 
         Returns:
             (R, channels, height, width), or (R, channels) behind a fully-connected layer
         """
-        roi_heads = self.detector.roi_heads
+        roi_heads, (box_head, _) = self.detector.roi_heads, self.stages[stage]
         pooled = roi_heads.box_pooler([features[name] for name in roi_heads.box_in_features], boxes)
-        return _run(list(roi_heads.box_head)[: _ends(roi_heads.box_head)[position]], pooled)
+        return _run(list(box_head)[: _ends(box_head)[position]], pooled)
 
-    def predictions_from(self, held: torch.Tensor, position: int) -> RegionPredictions:
+    def predictions_from(
+        self, held: torch.Tensor, position: int, stage: int = 0
+    ) -> RegionPredictions:
         """Runs the box head from a position to its end, and the predictors.
 
         Args:
             held: the features at this position.
         """
-        roi_heads = self.detector.roi_heads
-        layers = list(roi_heads.box_head)[_ends(roi_heads.box_head)[position] :]
-        return RegionPredictions(*roi_heads.box_predictor(_run(layers, held)))
+        box_head, predictor = self.stages[stage]
+        return RegionPredictions(
+            *predictor(_run(list(box_head)[_ends(box_head)[position] :], held))
+        )
 
     @property
     def num_positions(self) -> int:
         """The last position of the box head: the number of its layers."""
-        return len(_layers(self.detector.roi_heads.box_head))
+        return min(len(_layers(box_head)) for box_head, _ in self.stages)
 
     def shape_at(self, position: int) -> tuple[int, ...]:
         """The shape of a region's features at a position: (channels, height, width), or (channels,)
@@ -106,7 +125,7 @@ class TwoStageAdapter(DetectorAdapter):
         if position == 0:
             shapes = self.detector.backbone.output_shape()
             return (shapes[roi_heads.box_in_features[0]].channels, *size)
-        layer = _layers(roi_heads.box_head)[position - 1]
+        layer = _layers(self.stages[0][0])[position - 1]
         is_linear = isinstance(layer, nn.Linear)
         return (layer.out_features,) if is_linear else (layer.out_channels, *size)
 
