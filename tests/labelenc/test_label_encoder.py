@@ -3,7 +3,6 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
-from detectron2.modeling.backbone import build_resnet_backbone
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 from golden import assert_golden
 from recipe import randn
@@ -165,9 +164,3 @@ def test_fpn_is_of_the_detectors_kind(make_cfg):
     model = build_model(cfg)
     assert isinstance(model.label_encoder.top_block, LastLevelP6P7WithoutReLU)
     assert model.label_encoder._fuse_type == model.backbone._fuse_type == "avg"
-
-
-def test_backbone_without_fpn(make_cfg):
-    cfg = make_cfg("PlainDet/Base-RetinaNet.yaml")
-    with pytest.raises(TypeError, match="backbone is an FPN, found .*ResNet"):
-        build_label_encoder(build_resnet_backbone(cfg, ShapeSpec(channels=3)), 80)

@@ -14,6 +14,9 @@ from torch.nn import functional as F
 
 from .label_map import LabelMap
 
+# The features of a label encoder.
+NAME_OF_STRIDE = {4: "res2", 8: "res3", 16: "res4", 32: "res5"}
+
 
 class SparseStem(nn.Conv2d):
     """A convolution over label maps which reads only the planes that are present.
@@ -97,8 +100,8 @@ class LabelEncoder(Backbone):
             LabelEncoderBlock(512, 256, 1024, 2), LabelEncoderBlock(1024, 256, 1024, 1)
         )
         self.res5 = nn.Sequential(LabelEncoderBlock(1024, 512, 2048, 2))
-        self._out_features = ["res2", "res3", "res4", "res5"]
-        self._out_feature_strides = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
+        self._out_features = [*NAME_OF_STRIDE.values()]
+        self._out_feature_strides = {name: stride for stride, name in NAME_OF_STRIDE.items()}
         self._out_feature_channels = {"res2": 256, "res3": 512, "res4": 1024, "res5": 2048}
         while self._out_features[-1] != last_feature:
             delattr(self, self._out_features.pop())
@@ -119,54 +122,86 @@ class LabelEncoder(Backbone):
         return outputs
 
 
-def build_label_encoder(detector_fpn: FPN, num_classes: int, norm: str = "") -> FPN:
-    """Builds h(y; psi): a :class:`LabelEncoder` under an FPN with the levels of the detector's.
+def build_label_encoder(
+    backbone: Backbone,
+    num_classes: int,
+    norm: str = "",
+    shapes: dict[str, ShapeSpec] | None = None,
+) -> FPN:
+    """Builds h(y; psi): a :class:`LabelEncoder` under an FPN with the levels of the detector's
+    pyramid, whatever makes these. If that is an FPN, it is one of the same kind.
 
     Args:
-        detector_fpn: the backbone of the detector, f(I; theta_f).
+        backbone: of the detector, f(I; theta_f).
         num_classes: C.
         norm: normalisation of the FPN's convolutions, the same as the detector's.
+        shapes: the levels that the detector's head reads, if they are not the backbone's.
 
     Returns:
-        an FPN from label maps to features of the names, strides and channels of `detector_fpn`
+        an FPN from label maps to features of the names, strides and channels of these levels
 
     Raises:
-        TypeError: the backbone is no FPN, or one with extra levels of an unknown kind.
+        ValueError: the levels differ in their channels, their strides are not each twice the one
+            before, or not within 4 and 128.
     """
-    if not isinstance(detector_fpn, FPN):
-        raise TypeError(
-            f"LabelEnc needs a detector whose backbone is an FPN, found {type(detector_fpn)}"
-        )
-    shapes = detector_fpn.bottom_up.output_shape()
-    name_of_stride = {2**k: f"res{k}" for k in range(2, 6)}
-    in_features = [name_of_stride[shapes[name].stride] for name in detector_fpn.in_features]
+    shapes = shapes or backbone.output_shape()
+    if isinstance(backbone, FPN):
+        encoder = _build_like(backbone, num_classes, norm)
+        if encoder is not None and encoder.output_shape() == shapes:
+            return encoder
+    return _build_for_levels(shapes, num_classes, norm)
+
+
+def _build_like(detector_fpn: FPN, num_classes: int, norm: str) -> FPN | None:
+    """With the laterals and the extra levels of the detector's FPN, if they are known."""
+    shapes, top_block = detector_fpn.bottom_up.output_shape(), detector_fpn.top_block
+    strides = [shapes[name].stride for name in detector_fpn.in_features]
+    is_known = top_block is None or isinstance(top_block, (LastLevelMaxPool, LastLevelP6P7))
+    if not is_known or not set(strides) <= NAME_OF_STRIDE.keys():
+        return None
+    in_features = [NAME_OF_STRIDE[stride] for stride in strides]
     encoder = LabelEncoder(num_classes, last_feature=in_features[-1])
-    out_channels = next(iter(detector_fpn.output_shape().values())).channels
+    if isinstance(top_block, LastLevelMaxPool):
+        top_block = LastLevelMaxPool()
+    elif isinstance(top_block, LastLevelP6P7):
+        in_feature, in_channels = top_block.in_feature, top_block.p6.in_channels
+        if in_feature in shapes:  # C5 and not P5
+            in_feature = NAME_OF_STRIDE[shapes[in_feature].stride]
+            in_channels = encoder.output_shape()[in_feature].channels
+        top_block = type(top_block)(in_channels, top_block.p7.out_channels, in_feature)
     return FPN(
         bottom_up=encoder,
         in_features=in_features,
-        out_channels=out_channels,
+        out_channels=next(iter(detector_fpn.output_shape().values())).channels,
         norm=norm,
-        top_block=_build_top_block(detector_fpn, encoder.output_shape(), name_of_stride),
+        top_block=top_block,
         fuse_type=detector_fpn._fuse_type,
     )
 
 
-def _build_top_block(detector_fpn: FPN, encoder_shapes: dict[str, ShapeSpec], name_of_stride):
-    """The extra levels of the detector's FPN, on the encoder's features."""
-    top_block = detector_fpn.top_block
-    if top_block is None:
-        return None
-    if isinstance(top_block, LastLevelMaxPool):
-        return LastLevelMaxPool()
-    if isinstance(top_block, LastLevelP6P7):
-        shapes = detector_fpn.bottom_up.output_shape()
-        in_feature, in_channels = top_block.in_feature, top_block.p6.in_channels
-        if in_feature in shapes:  # C5 and not P5
-            in_feature = name_of_stride[shapes[in_feature].stride]
-            in_channels = encoder_shapes[in_feature].channels
-        return type(top_block)(in_channels, top_block.p7.out_channels, in_feature)
-    raise TypeError(
-        "LabelEnc knows FPNs with LastLevelMaxPool, LastLevelP6P7 or no extra levels, found "
-        f"{type(top_block)}"
-    )
+def _build_for_levels(shapes: dict[str, ShapeSpec], num_classes: int, norm: str) -> FPN:
+    """With the usual extra levels above the encoder's: one by pooling, two by convolutions."""
+    names = sorted(shapes, key=lambda name: shapes[name].stride)
+    strides = [shapes[name].stride for name in names]
+    channels = {shapes[name].channels for name in names}
+    is_pyramid = all(coarse == 2 * fine for fine, coarse in zip(strides, strides[1:]))
+    if not is_pyramid or len(channels) > 1 or strides[0] not in NAME_OF_STRIDE or strides[-1] > 128:
+        raise ValueError(
+            "LabelEnc needs levels of equal channels, with strides from 4 to at most 128 that are "
+            f"each twice the one before, found {shapes}"
+        )
+    in_features = [NAME_OF_STRIDE[stride] for stride in strides if stride in NAME_OF_STRIDE]
+    encoder, out_channels = LabelEncoder(num_classes, in_features[-1]), channels.pop()
+    top_block = None
+    if strides[-1] == 64:
+        top_block = LastLevelMaxPool()
+        top_block.in_feature = names[-2]
+    elif strides[-1] == 128:
+        in_channels = encoder.output_shape()["res5"].channels
+        top_block = LastLevelP6P7(in_channels, out_channels, in_feature="res5")
+    pyramid = FPN(encoder, in_features, out_channels, norm, top_block)
+    # With the detector's names in place of its own.
+    pyramid._out_features = names
+    pyramid._out_feature_strides = dict(zip(names, strides))
+    pyramid._out_feature_channels = dict.fromkeys(names, out_channels)
+    return pyramid

@@ -11,7 +11,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.engine import HookBase
-from detectron2.modeling import FPN, Backbone
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import FPN
 from detectron2.structures import ImageList
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
@@ -22,6 +23,7 @@ from plaindet.engine import (
     Method,
     Seen,
     Teacher,
+    adapter_of,
     build_teacher,
     check_teacher_classes,
     register_method,
@@ -39,7 +41,7 @@ from .step1_file import FILE_NAME, inherit_step1_file, inherit_teacher, save_ste
 
 @register_method
 class LabelEnc(Method):
-    """LabelEnc, step 1 or step 2, for a detector whose backbone is an FPN.
+    """LabelEnc, step 1 or step 2, for a detector whose head reads a pyramid of features.
 
     It has a label encoder h(y; psi) and a feature adapter A(.; phi), for training only. The label
     maps y come with the samples of the training data, see :class:`LabelMaps`.
@@ -132,17 +134,18 @@ class LabelEnc(Method):
     def attach(self, adapter: DetectorAdapter) -> None:
         """Takes the detector, and builds label encoder and feature adapter."""
         super().attach(adapter)
-        backbone, encoder = adapter.detector.backbone, None
+        detector, shapes, encoder = adapter.detector, adapter.feature_shapes, None
         if not self._given_teacher:
-            encoder = build_label_encoder(backbone, adapter.num_classes, self.norm)
-            self._check_features("The label encoder", encoder)
-        channels = next(iter(backbone.output_shape().values())).channels
+            encoder = build_label_encoder(detector.backbone, adapter.num_classes, self.norm, shapes)
+            self._check_features("The label encoder", encoder.output_shape())
+        channels = next(iter(shapes.values())).channels
         # Before the encoder, in which order optimizers know them.
         self.feature_adapter = FeatureAdapter(channels)
         # Step 2 takes psi* as a constant.
         self.label_encoder = encoder and encoder.requires_grad_(self.step == 1)
         if not self.trains_detector:
-            backbone.requires_grad_(False)
+            for part in adapter.feature_parts:
+                detector.get_submodule(part).requires_grad_(False)
             self.feature_adapter.requires_grad_(False)
         if isinstance(self._given_teacher, Teacher):
             self.set_feature_teacher(self._given_teacher)
@@ -161,11 +164,11 @@ class LabelEnc(Method):
                 which the detector's cannot be turned.
         """
         teacher.check_input_format(self.adapter.input_format)
-        self._check_features("The teacher", teacher.model.backbone)
+        self._check_features("The teacher", adapter_of(teacher.model).feature_shapes)
         self.feature_teacher = teacher
 
-    def _check_features(self, name: str, network: Backbone) -> None:
-        found, expected = network.output_shape(), self.adapter.detector.backbone.output_shape()
+    def _check_features(self, name: str, found: dict[str, ShapeSpec]) -> None:
+        expected = self.adapter.feature_shapes
         if found != expected:
             raise ValueError(
                 f"{name}'s features are {found}, the detector's {expected}: they have to be equal"
@@ -255,14 +258,19 @@ class LabelEnc(Method):
     def encode(self, batched_inputs: list[dict], images: ImageList) -> dict[str, torch.Tensor]:
         """h(y) of the batch, or the teacher's features in its place."""
         if self.feature_teacher is not None:
-            return self.feature_teacher.features(
-                batched_inputs, self.adapter.input_format, self.adapter.device
-            )
+            teacher, adapter = self.feature_teacher, self.adapter
+            features = teacher.features(batched_inputs, adapter.input_format, adapter.device)
+            return adapter_of(teacher.model).levels(features)
         if self.label_encoder is None:
             raise RuntimeError(
                 "LabelEnc was built without a label encoder, and set_feature_teacher was not called"
             )
-        return self.label_encoder(self.preprocess_label_maps(batched_inputs, images))
+        encodings = self.label_encoder(self.preprocess_label_maps(batched_inputs, images))
+        size, shapes = images.tensor.shape[-2:], self.adapter.feature_shapes
+        return {
+            name: _cropped(encoding, [-(-x // shapes[name].stride) for x in size])
+            for name, encoding in encodings.items()
+        }
 
     def distance_loss(
         self, features: dict[str, torch.Tensor], encodings: dict[str, torch.Tensor] | None
@@ -273,13 +281,18 @@ class LabelEnc(Method):
             # engine removes these zeros before the optimizer sees them.
             return 0.0 * sum(parameter.sum() for parameter in self.feature_adapter.parameters())
         adapted = [self.feature_adapter(features[name]) for name in encodings]
-        return self.distance_weight * feature_distance(adapted, list(encodings.values()))
+        # Without padding a pyramid may round its sizes down.
+        targets = [_cropped(x, y.shape[-2:]) for x, y in zip(encodings.values(), adapted)]
+        return self.distance_weight * feature_distance(adapted, targets)
 
     def preprocess_label_maps(
         self, batched_inputs: list[dict], images: ImageList
     ) -> list[LabelMap]:
-        """Moves the label maps to the model's device and pads them to the size of the batch."""
+        """Moves the label maps to the model's device and pads them to the size of the batch, and
+        further to what the encoder's FPN divides it by."""
         num_classes = self.label_encoder.bottom_up.num_classes
+        divisor = self.label_encoder.size_divisibility
+        size = tuple(-(-x // divisor) * divisor for x in images.tensor.shape[-2:])
         label_maps = []
         for inputs in batched_inputs:
             if "label_map" not in inputs:
@@ -288,9 +301,7 @@ class LabelEnc(Method):
                     f"{sorted(inputs)}: build the data loader with LabelMapDatasetMapper"
                 )
             inputs["label_map"].check_classes(num_classes)
-            label_maps.append(
-                inputs["label_map"].to(self.adapter.device).pad(images.tensor.shape[-2:])
-            )
+            label_maps.append(inputs["label_map"].to(self.adapter.device).pad(size))
         return label_maps
 
     def _visualize(self, batched_inputs, features, encodings) -> None:
@@ -306,7 +317,7 @@ class LabelEnc(Method):
             picture = label_map_picture(rgb, batched_inputs[0]["label_map"])
             storage.put_image("label_map", picture.transpose(2, 0, 1))
         level = list(encodings)[min(1, len(encodings) - 1)]
-        stride = self.adapter.detector.backbone.output_shape()[level].stride
+        stride = self.adapter.feature_shapes[level].stride
         pictures = [
             feature_picture(x[level][0], stride, image.shape[-2:]) for x in (features, encodings)
         ]
@@ -314,6 +325,11 @@ class LabelEnc(Method):
         storage.put_image(
             f"features_{level}: image | {source}", np.hstack(pictures).transpose(2, 0, 1)
         )
+
+
+def _cropped(features: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    height, width = size
+    return features[..., :height, :width]
 
 
 def _build_teacher(cfg: CfgNode) -> Teacher:

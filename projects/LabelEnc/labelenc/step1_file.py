@@ -8,7 +8,8 @@ It holds plain tensors and a small description, and nothing of the image branch'
                         "fuse_type": "sum", "extra_levels": "LastLevelP6P7 on res5",
                         "label_map": "boxes", "settings": {"box_weights": [1.0, ...], ...}},
         "label_encoder": psi, the state dict of the encoder and its FPN,
-        "head": theta_d, the plain detector's state dict without its backbone,
+        "head": theta_d, the plain detector's state dict without its backbone (and without
+                Deformable DETR's input projections),
         "thing_classes": ["person", ...], if the names of the classes are known,
     }
 """
@@ -75,7 +76,7 @@ def save_step1_file(
     """
     labelenc = labelenc_of(task)
     encoder = labelenc.label_encoder.state_dict()
-    head = _head_state_dict(labelenc.adapter.detector)
+    head = labelenc.adapter.head_state
     bad = [name for name, x in {**encoder, **head}.items() if not torch.isfinite(x).all()]
     if bad:
         raise FloatingPointError(
@@ -108,7 +109,8 @@ def inherit_step1_file(
     task: TrainingTask | LabelEnc, path: str, with_detector: bool = True, dataset: str = ""
 ) -> None:
     """Initialises step 2: the label encoder and the head from the step-1 file, and the detector's
-    FPN from the *encoder's* FPN, as the official implementation does.
+    FPN from the *encoder's* FPN, as the official implementation does. A pyramid of another kind
+    keeps its initialisation.
 
     Layers of the FPN whose shape differs (laterals on a backbone of other widths, say) keep their
     initialisation; a line of the log names them.
@@ -131,13 +133,16 @@ def inherit_step1_file(
     if not with_detector:
         del expected["settings"]
     _check_description(data["description"], expected, f"The step-1 file {path}")
-    encoder, detector = labelenc.label_encoder.state_dict(), labelenc.adapter.detector
-    _check_tensors("label encoder", encoder, data["label_encoder"], path)
+    encoder, adapter = labelenc.label_encoder, labelenc.adapter
+    _check_tensors("label encoder", encoder.state_dict(), data["label_encoder"], path)
     if with_detector:
-        _check_tensors("head", _head_state_dict(detector), data["head"], path)
-    labelenc.label_encoder.load_state_dict(data["label_encoder"])
+        _check_tensors("head", adapter.head_state, data["head"], path)
+    encoder.load_state_dict(data["label_encoder"])
     if with_detector:
-        _load_matching_layers(detector, {**_fpn(data["label_encoder"]), **data["head"]}, path)
+        fpn = _fpn(encoder)
+        if fpn.keys() != _fpn(adapter.detector.backbone).keys():
+            fpn = {}
+        _load_matching_layers(adapter.detector, fpn, data["head"], path)
 
 
 def inherit_teacher(task: TrainingTask | LabelEnc, path: str) -> None:
@@ -158,22 +163,21 @@ def inherit_teacher(task: TrainingTask | LabelEnc, path: str) -> None:
             f"{type(detector).__name__}, whose head can be inherited. Set "
             "MODEL.LABELENC.INHERIT False to use its features alone"
         )
-    settings = [adapter_of(x).head_settings for x in (teacher, detector)]
-    _check_description(*settings, f"The teacher {path}")
-    head, fpn = _head_state_dict(teacher), _fpn(teacher.backbone.state_dict())
-    _check_keys("FPN", _fpn(detector.backbone.state_dict()), fpn, path)
-    _check_tensors("head", _head_state_dict(detector), head, path)
-    _load_matching_layers(detector, {**fpn, **head}, path)
+    adapters = [adapter_of(teacher), labelenc.adapter]
+    _check_description(*(x.head_settings for x in adapters), f"The teacher {path}")
+    head, fpn = adapters[0].head_state, _fpn(teacher.backbone)
+    _check_keys("FPN", _fpn(detector.backbone), fpn, path)
+    _check_tensors("head", labelenc.adapter.head_state, head, path)
+    _load_matching_layers(detector, fpn, head, path)
 
 
-def _fpn(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The detector's FPN from the state dict of an FPN, without what is below it."""
+def _fpn(backbone: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of an FPN as the backbone of a detector, without what is below it; empty for a
+    backbone that does not tell them apart."""
+    if not hasattr(backbone, "bottom_up"):
+        return {}
+    state = backbone.state_dict()
     return {f"backbone.{k}": v for k, v in state.items() if not k.startswith("bottom_up.")}
-
-
-def _head_state_dict(detector: nn.Module) -> dict[str, torch.Tensor]:
-    state = detector.state_dict()
-    return {key: value for key, value in state.items() if not key.startswith("backbone.")}
 
 
 def _load(path: str) -> dict:
@@ -251,9 +255,11 @@ def _check_tensors(name: str, expected: dict, found: dict, path: str) -> None:
             )
 
 
-def _load_matching_layers(detector: nn.Module, source: dict[str, torch.Tensor], path: str) -> None:
-    """Loads every layer of `source` whose tensors all have the shapes of the detector's."""
-    target = detector.state_dict()
+def _load_matching_layers(
+    detector: nn.Module, fpn: dict[str, torch.Tensor], head: dict[str, torch.Tensor], path: str
+) -> None:
+    """Loads every layer of FPN and head whose tensors all have the shapes of the detector's."""
+    target, source = detector.state_dict(), {**fpn, **head}
     differing = {
         _layer(key): (tuple(value.shape), tuple(target[key].shape))
         for key, value in source.items()
@@ -265,7 +271,7 @@ def _load_matching_layers(detector: nn.Module, source: dict[str, torch.Tensor], 
         target[key].copy_(value)
     rest = [f"{layer} {found} / {expected}" for layer, (found, expected) in differing.items()]
     logger.info(
-        f"Inherited {len(inherited)} tensors of the head and the FPN from {path}"
+        f"Inherited {len(inherited)} tensors of the head{' and the FPN' if fpn else ''} from {path}"
         + (f"; not inherited, with shapes there / here: {', '.join(rest)}" if rest else "")
     )
 

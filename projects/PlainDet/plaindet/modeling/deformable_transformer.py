@@ -199,6 +199,20 @@ class DeformableTransformer(nn.Module):
         """The number of decoder layers."""
         return len(self.model.decoder.layers)
 
+    def project(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The levels that the encoder reads, (N, hidden_dim, Hi, Wi).
+
+        Args:
+            features: (N, channels, Hi, Wi) of the backbone, the finest level first.
+        """
+        levels = []
+        for i, projection in enumerate(self.model.input_proj):
+            if i < len(features):
+                levels.append(projection(features[i]))
+            else:
+                levels.append(projection(features[-1] if i == len(features) else levels[-1]))
+        return levels
+
     def encode(self, features: list[torch.Tensor], pixel_mask: torch.Tensor) -> Memory:
         """Runs the input projections and the encoder.
 
@@ -207,15 +221,10 @@ class DeformableTransformer(nn.Module):
             pixel_mask: (N, H, W) bool, False for padding.
         """
         model = self.model
-        levels, masks, positions = [], [], []
-        for i, projection in enumerate(model.input_proj):
-            if i < len(features):
-                level = projection(features[i])
-            else:
-                level = projection(features[-1] if i == len(features) else levels[-1])
+        levels, masks, positions = self.project(features), [], []
+        for i, level in enumerate(levels):
             mask = F.interpolate(pixel_mask[None].float(), size=level.shape[-2:])[0].bool()
             position = model.position_embedding(level.shape, level.device, torch.float32, mask)
-            levels.append(level)
             masks.append(mask)
             positions.append(position.flatten(2).transpose(1, 2) + model.level_embed[i])
         shapes_list = [tuple(level.shape[-2:]) for level in levels]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import ImageList, Instances
 from torch import nn
@@ -48,7 +50,7 @@ class Seen:
 
     losses: dict[str, torch.Tensor]
     images: ImageList  # preprocessed and padded to one size
-    features: dict[str, torch.Tensor]  # as the backbone returns them
+    features: dict[str, torch.Tensor]  # the levels that the head reads
     start: dict[str, Any]  # the state of the detector before
     head: Any = None  # what the adapter of a family adds
 
@@ -64,6 +66,8 @@ class DetectorAdapter:
 
     # Where the methods look at the head; None: nowhere, since it may be one of any kind.
     position: int | None = None
+    # The submodules that make the levels which the head reads. All others are the head.
+    feature_parts: tuple[str, ...] = ("backbone",)
 
     def __init__(self, detector: nn.Module):
         self.detector = detector
@@ -72,6 +76,22 @@ class DetectorAdapter:
     def num_classes(self) -> int:
         """The number of classes."""
         return self.detector.num_classes
+
+    @property
+    def feature_shapes(self) -> dict[str, ShapeSpec]:
+        """The levels that the head reads, the backbone's."""
+        return self.detector.backbone.output_shape()
+
+    def levels(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The levels that the head reads, from the features of the backbone."""
+        return features
+
+    @property
+    def head_state(self) -> dict[str, torch.Tensor]:
+        """The state dict of the detector without its `feature_parts`."""
+        parts = tuple(f"{part}." for part in self.feature_parts)
+        state = self.detector.state_dict()
+        return {key: value for key, value in state.items() if not key.startswith(parts)}
 
     @property
     def device(self) -> torch.device:
@@ -106,11 +126,20 @@ class DetectorAdapter:
         start = plain_state(self.detector)
         with Observer() as observer:
             backbone = observer.module(self.detector.backbone)
+            levels = self.look_at_levels(observer)
             head = None if self.position is None else self.look_at_head(observer)
             losses = self.detector(batched_inputs)
         (tensor, *_), features = single(backbone, "The backbone")
         images = ImageList(tensor, [tuple(x["image"].shape[-2:]) for x in batched_inputs])
-        return Seen(losses, images, features, start, head and head())
+        return Seen(losses, images, levels() if levels else features, start, head and head())
+
+    def look_at_levels(self, observer: Observer) -> Callable[[], dict[str, torch.Tensor]] | None:
+        """Begins to look at the levels that the head reads, where they are not the backbone's.
+
+        Returns:
+            a function that says what was seen
+        """
+        return None
 
     def look_at_head(self, observer: Observer) -> Callable[[], Any]:
         """Begins to look at the head, where a method has said at which position.
@@ -123,18 +152,24 @@ class DetectorAdapter:
     def losses_on(
         self, features: dict[str, torch.Tensor], batched_inputs: list[dict], seen: Seen | None
     ) -> dict[str, torch.Tensor]:
-        """The losses of the detector from other features than its backbone's.
+        """The losses of the detector from other features than its own.
 
         Args:
-            seen: the same iteration with the backbone's own. The state of the detector, such as a
+            features: the levels that the head reads.
+            seen: the same iteration with the detector's own. The state of the detector, such as a
                 moving average, is then that from before it here too, and moves only once. None: it
                 moves here.
         """
-        with given_features(self.detector, features):
+        with self.given_levels(features):
             if seen is None:
                 return self.detector(batched_inputs)
             with state_held_still(self.detector, seen.start):
                 return self.detector(batched_inputs)
+
+    def given_levels(self, levels: dict[str, torch.Tensor]) -> AbstractContextManager:
+        """For this time the head reads these levels, and what makes the detector's own computes
+        nothing."""
+        return given_features(self.detector, levels)
 
 
 def anchor_settings(generator: DefaultAnchorGenerator) -> dict:
