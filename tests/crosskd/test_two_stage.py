@@ -227,6 +227,84 @@ def test_distillation_losses(make_cfg, cls_loss, box_loss, class_agnostic):
     assert prediction.logits.grad.isfinite().all()
 
 
+CASCADE = (
+    *("MODEL.ROI_HEADS.NAME", "CascadeROIHeads"),
+    *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
+)
+NORMS = ("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "")
+
+
+def test_cascade(make_trainer, monkeypatch):
+    """The regions of each stage go through the same stage of the teacher, and teach what is in
+    front of them in their own stage."""
+    trainer = make_trainer("faster_rcnn", *CASCADE, *NORMS, POSITION, 1, teacher=[*CASCADE, *NORMS])
+    model, batch = trainer.plain_model, next(iter(trainer.data_loader))
+    method, seen = method_of(trainer.task), []
+    original = method.distillation_losses
+    monkeypatch.setattr(
+        method, "distillation_losses", lambda *args: seen.append(args) or original(*args)
+    )
+    with EventStorage():
+        losses = trainer.model(batch)
+    expected = {f"{name}_stage{i}" for name in KD for i in range(3)}
+    assert {name for name in losses if "kd" in name} == expected
+    for stage in range(3):
+        reached = with_gradient(model, [losses[f"{name}_stage{stage}"] for name in KD])
+        heads = {x.rpartition(".")[0] for x in reached if x.startswith("roi_heads")}
+        assert heads == {f"roi_heads.box_head.{stage}.fc1"}
+        assert "backbone.fpn_output2.weight" in reached
+    assert not torch.equal(seen[0][0][0].tensor[:4], seen[1][0][0].tensor[:4])
+
+    teacher = method.teacher.model
+    with torch.no_grad():
+        features = teacher.backbone(teacher.preprocess_image(batch).tensor)
+        roi_heads = teacher.roi_heads
+        for regions, _, target, stage in seen:
+            x = roi_heads.box_pooler([features[f"p{i}"] for i in range(2, 6)], regions)
+            logits, deltas = roi_heads.box_predictor[stage](roi_heads.box_head[stage](x))
+            torch.testing.assert_close(target.logits, logits)
+            torch.testing.assert_close(target.deltas, deltas)
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_cascade_with_a_teacher_that_is_the_student(make_trainer, position):
+    options = (*CASCADE, *NORMS, "MODEL.RESNETS.DEPTH", 34, POSITION, position)
+    trainer = make_trainer("faster_rcnn", *options, teacher=[*CASCADE, *NORMS])
+    model, method = trainer.plain_model, method_of(trainer.task)
+    model.load_state_dict(method.teacher.model.state_dict())
+    losses = losses_of(trainer)
+    for stage in range(3):
+        assert losses[f"loss_kd_cls_stage{stage}"].item() == pytest.approx(0, abs=1e-6)
+        assert losses[f"loss_kd_box_stage{stage}"].item() == pytest.approx(0, abs=1e-4)
+
+
+def test_cascade_teaches_the_backbone_as_one_stage(make_trainer):
+    """As the detection losses of a cascade, whose gradients it scales in front of the box heads."""
+    trainer = make_trainer("faster_rcnn", *CASCADE, teacher=CASCADE)
+    with EventStorage():
+        seen = trainer.task.adapter.observe(next(iter(trainer.data_loader)))
+    boxes, held, _ = seen.head[0]
+    (scaled,) = torch.autograd.grad(held.sum(), seen.features["p2"], retain_graph=True)
+    levels = [seen.features[f"p{i}"] for i in range(2, 6)]
+    pooled = trainer.plain_model.roi_heads.box_pooler(levels, boxes)
+    (whole,) = torch.autograd.grad(pooled.sum(), seen.features["p2"])
+    assert whole.any()
+    torch.testing.assert_close(3 * scaled, whole, rtol=1e-4, atol=1e-3)
+
+
+def test_cascades_of_another_width(make_trainer):
+    """Each stage has a projection of its own."""
+    width = ["MODEL.ROI_BOX_HEAD.FC_DIM", 320]
+    trainer = make_trainer("faster_rcnn", *CASCADE, POSITION, 1, teacher=[*CASCADE, *width])
+    state = method_of(trainer.task).state_dict()
+    assert {key: x.shape for key, x in state.items()} == {
+        f"projection_stage{i}.weight": (320, 256) for i in range(3)
+    }
+    losses = losses_of(trainer)
+    kd = [loss for name, loss in losses.items() if "kd" in name]
+    assert len(with_gradient(method_of(trainer.task), kd)) == 3
+
+
 @detectors
 def test_training_run(make_trainer, detector):
     """The teacher does not change and is in no checkpoint; the result is the plain detector."""

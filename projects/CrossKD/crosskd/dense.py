@@ -123,7 +123,8 @@ class DenseCrossKD(CrossKD):
         if widths[0] == widths[1] or self.strategy == "mimicking":
             return
         source, target = widths if self.strategy in ("a", "c") else widths[::-1]
-        for name in TowerFeatures._fields:
+        # At position 0 both towers read the same features.
+        for name in TowerFeatures._fields[: 2 if self.position > 0 else 1]:
             # No bias, since the alignment behind it removes the mean.
             self.add_module(
                 f"{name}_projection", nn.Conv2d(source, target, kernel_size=1, bias=False)
@@ -174,8 +175,8 @@ class DenseCrossKD(CrossKD):
             ]
 
         cls = aligned("cls")
-        is_same = held.cls is held.box and "cls_projection" not in self._modules
-        return adapter.predictions_from(TowerFeatures(cls, cls if is_same else aligned("box")))
+        box = aligned("box") if self.position > 0 else cls
+        return adapter.predictions_from(TowerFeatures(cls, box))
 
     def distillation_losses(
         self,

@@ -1,12 +1,14 @@
 """Detectron2's dense detectors and all that derive from them.
 
-A dense head has two towers, `cls_subnet` and `bbox_subnet`, sequences of convolution,
-normalisation and activation, and predictors behind them. "Position i" is behind the i-th
-activation; position 0 is the FPN's features. A head of another kind has the position 0 alone.
+A dense head has two towers, `cls_subnet` and `bbox_subnet`, and predictors behind them. A tower is
+a sequence of convolution, normalisation and activation, or of blocks that end in an activation; or
+a list of such sequences, one for each level. "Position i" is behind the i-th activation; position 0
+is the FPN's features. A head of another kind has the position 0 alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, ImageList
 from torch import nn
+from torch.nn import functional as F
 
 from plaindet.modeling import ATSS, FCOS, mean_over_processes
 from plaindet.modeling.atss_assigner import centers_within
@@ -111,14 +114,17 @@ class DenseAdapter(DetectorAdapter):
 
         return seen
 
-    def _look_at_tower(self, observer: Observer, tower: nn.Sequential):
+    def _look_at_tower(self, observer: Observer, tower: nn.Module):
+        levels = tower if isinstance(tower, nn.ModuleList) else [tower]
+        end = _ends(levels[0])[self.position]
+        is_whole = end == len(levels[0])
         # Not at the activation, which may be one module in several places.
-        end = _ends(tower)[self.position]
-        if end == len(tower):
-            calls = observer.module(tower)
-            return lambda: [call.output for call in calls]
-        calls = observer.module(tower[end])
-        return lambda: [call.arguments[0] for call in calls]
+        # Levels may share a layer, which is then called for one after the other.
+        layers = dict.fromkeys(levels if is_whole else (level[end] for level in levels))
+        calls = [observer.module(layer) for layer in layers]
+        return lambda: [
+            call.output if is_whole else call.arguments[0] for found in calls for call in found
+        ]
 
     def run_head(self, features: dict[str, torch.Tensor]) -> HeadRun:
         """Runs the whole head.
@@ -137,15 +143,20 @@ class DenseAdapter(DetectorAdapter):
         All levels go through in order, since batch norms of Detectron2's heads count them.
         """
         head = self.detector.head
-        if self.position == 0 and held.cls is held.box:
+        if self.position == 0:
             return self.flatten(head(held.cls))
-        towers = [x[_ends(x)[self.position] :] for x in _towers(head)]
-        cls, box = ([tower(x) for x in levels] for tower, levels in zip(towers, held))
+        cls, box = (
+            [self._rest(_of_level(tower, level))(x) for level, x in enumerate(levels)]
+            for tower, levels in zip(_towers(head), held)
+        )
         if hasattr(head, "predict"):  # plaindet's heads
             levels = [head.predict(*pair, level) for level, pair in enumerate(zip(cls, box))]
         else:  # Detectron2's RetinaNetHead
             levels = [(head.cls_score(x), head.bbox_pred(y)) for x, y in zip(cls, box)]
         return self.flatten([list(prediction) for prediction in zip(*levels)])
+
+    def _rest(self, tower: nn.Sequential) -> nn.Sequential:
+        return tower[_ends(tower)[self.position] :]
 
     def flatten(self, predictions: list[list[torch.Tensor]]) -> Predictions:
         """What a head returns, for all anchors in one."""
@@ -160,7 +171,7 @@ class DenseAdapter(DetectorAdapter):
         head = self.detector.head
         if not all(hasattr(head, name) for name in ("cls_subnet", "bbox_subnet")):
             return 0
-        return len(_ends(head.cls_subnet)) - 1
+        return len(_ends(_of_level(head.cls_subnet))) - 1
 
     @property
     def width(self) -> int:
@@ -168,8 +179,8 @@ class DenseAdapter(DetectorAdapter):
         detector = self.detector
         if self.position == 0:
             return detector.backbone.output_shape()[detector.head_in_features[0]].channels
-        layers = detector.head.cls_subnet
-        before = layers[: _ends(layers)[self.position]]
+        layers = _of_level(detector.head.cls_subnet)
+        before = layers[: _ends(layers)[self.position]].modules()
         return [layer for layer in before if isinstance(layer, nn.Conv2d)][-1].out_channels
 
     @property
@@ -177,8 +188,9 @@ class DenseAdapter(DetectorAdapter):
         """Whether the features at the position are not negative."""
         if self.position == 0:  # the FPN's
             return False
-        tower = self.detector.head.cls_subnet
-        return isinstance(tower[_ends(tower)[self.position] - 1], nn.ReLU)
+        tower = _of_level(self.detector.head.cls_subnet)
+        activation = _activation(tower[_ends(tower)[self.position] - 1])
+        return isinstance(activation, nn.ReLU) or activation in (F.relu, F.relu_)
 
     def decode(self, anchors: list[Boxes], regression: torch.Tensor) -> torch.Tensor:
         """The boxes (N, R, 4), XYXY, of what the detector regresses."""
@@ -226,14 +238,23 @@ class DenseAdapter(DetectorAdapter):
         return Assignment(positive, valid.float(), positives_normalizer(positive))
 
 
-def _towers(head: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
+def _towers(head: nn.Module) -> tuple[nn.Module, nn.Module]:
     return head.cls_subnet, head.bbox_subnet
+
+
+def _of_level(tower: nn.Module, level: int = 0) -> nn.Sequential:
+    return tower[level] if isinstance(tower, nn.ModuleList) else tower
 
 
 def _ends(tower: nn.Sequential) -> list[int]:
     """Where the positions are: in front of all layers, and behind each activation."""
-    return [0] + [i + 1 for i, layer in enumerate(tower) if _is_activation(layer)]
+    return [0] + [i + 1 for i, layer in enumerate(tower) if _activation(layer) is not None]
 
 
-def _is_activation(layer: nn.Module) -> bool:
-    return type(layer).__module__ == "torch.nn.modules.activation"
+def _activation(layer: nn.Module) -> Callable | None:
+    """What a layer or block ends in, if it is an activation."""
+    if isinstance(layer, nn.Sequential):
+        return _activation(layer[-1]) if len(layer) else None
+    if type(layer).__module__ == "torch.nn.modules.activation":
+        return layer
+    return getattr(layer, "activation", None)  # of Detectron2's convolutions
