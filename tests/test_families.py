@@ -51,7 +51,11 @@ FAMILIES = {
     ),
     "deformable_detr": (
         "deformable_detr_R_18",
-        ["MODEL.DEFORMABLE_DETR.HIDDEN_DIM", 32, "MODEL.DEFORMABLE_DETR.NUM_HEADS", 4],
+        [
+            *("MODEL.DEFORMABLE_DETR.HIDDEN_DIM", 32, "MODEL.DEFORMABLE_DETR.NUM_HEADS", 4),
+            *("MODEL.DEFORMABLE_DETR.NUM_ENCODER_LAYERS", 1),
+            *("MODEL.DEFORMABLE_DETR.NUM_DECODER_LAYERS", 2),
+        ],
     ),
 }  # fmt: skip
 RUNS = ("labelenc_step1", "labelenc_step2", "crosskd")
@@ -114,7 +118,7 @@ def test_family_with_every_method(make_cfg, tmp_path, family):
             *("MODEL.LABELENC.WARMUP_ITERS", 0, "MODEL.LABELENC.CUTOFF_ITERS", 0),
             *("MODEL.LABELENC.STEP1_FILE", str(tmp_path / "labelenc_step1" / "label_encoder.pth")),
             *("MODEL.CROSSKD.TEACHER.CONFIG_FILE", str(tmp_path / "labelenc_step2")),
-            *("MODEL.CROSSKD.TEACHER.WEIGHTS", ""),
+            *("MODEL.CROSSKD.TEACHER.WEIGHTS", "", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16),
             *changes,
         )
         trainer = PlainTrainer(cfg)

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from detectron2.layers import ShapeSpec
+from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
 from torch.nn import functional as F
 
 from crosskd import align_features
 from plaindet.engine.adapters import DenseAdapter, TowerFeatures
-from plaindet.modeling import GFLHead
+from plaindet.modeling import FCOSHead, GFLHead
 
 NUMBERS = np.load(Path(__file__).parent.parent / "data" / "crosskd" / "cross_head.npz")
 
@@ -99,3 +99,31 @@ def test_heads_of_other_activations(activation):
     actual, expected = adapter.predictions_from(run.held), adapter.flatten(run.predictions)
     assert torch.equal(actual.logits, expected.logits)
     assert not adapter.is_rectified
+
+
+def test_convolutions_with_their_activation():
+    """Detectron2's, which have norm and activation in them."""
+    head = make_head(num_convs=2, channels=32)
+    for name in ("cls_subnet", "bbox_subnet"):
+        blocks = [Conv2d(32, 48, 3, padding=1, activation=F.relu), Conv2d(48, 32, 3, padding=1)]
+        setattr(head, name, nn.Sequential(*blocks, nn.SiLU(inplace=True)))
+    adapter = make_adapter(head, 32)
+    assert adapter.num_positions == 2
+    features = dict(zip(("p5", "p6", "p7"), [torch.randn(2, 32, size, size) for size in (8, 4, 2)]))
+    for position, width, is_rectified in ((1, 48, True), (2, 32, False)):
+        adapter.position = position
+        assert (adapter.width, adapter.is_rectified) == (width, is_rectified)
+        run = adapter.run_head(features)
+        actual, expected = adapter.predictions_from(run.held), adapter.flatten(run.predictions)
+        assert torch.equal(actual.logits, expected.logits)
+
+
+def test_width_behind_a_deformable_convolution():
+    """And not that of its offsets."""
+    shapes = [ShapeSpec(channels=32, stride=8)]
+    head = FCOSHead(
+        input_shape=shapes, conv_dims=[32] * 2, num_classes=8, deformable_last_conv=True
+    )
+    adapter = make_adapter(head, 32)
+    adapter.position = 2
+    assert adapter.width == 32

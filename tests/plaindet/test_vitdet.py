@@ -21,12 +21,15 @@ SMALL = [x for key, value in SIZES.items() for x in (f"MODEL.VIT.{key}", value)]
 def test_equals_detectron2s(make_cfg):
     """The weights of its model zoo load, and give its detections."""
     cfg = make_cfg(CONFIG, *SMALL, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 32
     model = build_model(cfg).eval()
     lazy = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
     lazy.backbone.net.update(embed_dim=48, depth=3, num_heads=3, img_size=128)
     lazy.backbone.net.window_block_indexes = [0, 1]
     lazy.backbone.square_pad = 128
     lazy.roi_heads.num_classes = 3
+    lazy.roi_heads.box_head.fc_dims = [32]
+    lazy.roi_heads.box_predictor.input_shape.channels = 32
     lazy.roi_heads.box_predictor.test_score_thresh = 0.0
     theirs = instantiate(lazy).eval()
     for parameter in theirs.parameters():  # with the position embedding, which starts at 0

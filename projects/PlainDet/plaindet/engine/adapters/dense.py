@@ -8,7 +8,7 @@ is the FPN's features. A head of another kind has the position 0 alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -180,7 +180,7 @@ class DenseAdapter(DetectorAdapter):
         if self.position == 0:
             return detector.backbone.output_shape()[detector.head_in_features[0]].channels
         layers = _of_level(detector.head.cls_subnet)
-        before = layers[: _ends(layers)[self.position]].modules()
+        before = _flat(layers[: _ends(layers)[self.position]])
         return [layer for layer in before if isinstance(layer, nn.Conv2d)][-1].out_channels
 
     @property
@@ -249,6 +249,11 @@ def _of_level(tower: nn.Module, level: int = 0) -> nn.Sequential:
 def _ends(tower: nn.Sequential) -> list[int]:
     """Where the positions are: in front of all layers, and behind each activation."""
     return [0] + [i + 1 for i, layer in enumerate(tower) if _activation(layer) is not None]
+
+
+def _flat(tower: nn.Sequential) -> Iterator[nn.Module]:
+    for layer in tower:
+        yield from _flat(layer) if isinstance(layer, nn.Sequential) else [layer]
 
 
 def _activation(layer: nn.Module) -> Callable | None:
