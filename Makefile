@@ -34,7 +34,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help install weights test test-long golden lint format demo demo-crosskd study study-smoke bench
-.PHONY: bench-cuda soak test-cuda
+.PHONY: bench-cuda soak test-cuda dist
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -69,6 +69,9 @@ golden: $(STAMP)  ## whole iterations against official numbers (GOLDEN=<folder>)
 lint: $(STAMP)  ## check style and formatting
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+
+dist: $(STAMP)  ## build sdist and wheel into dist/, and try the wheel in a fresh environment
+	PYTHON=$(PYTHON) tools/dist.sh
 
 format: $(STAMP)  ## format the code
 	$(PYTHON) -m ruff check --fix .

@@ -3,6 +3,8 @@
 
 python train_net.py --config-file configs/... [--num-gpus N] [--resume] [KEY VALUE ...]
 
+Where this project is installed from a wheel, the command `boosters-train` is the same.
+
 Exit codes: 0, done; 75, preempted by SIGTERM or SIGUSR1 with a checkpoint, go on with --resume;
 1, an error; 2, wrong options.
 """
@@ -18,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 for message in ("`torch.jit.script", "torch.meshgrid", "`broadcast_buffers`"):
     warnings.filterwarnings("ignore", message)
 
-from plaindet import read_config  # first, since it says so where Detectron2 is missing
+from plaindet import find_config, read_config  # first: it says so where Detectron2 is missing
 
 # isort: split
 import torch
@@ -91,8 +93,10 @@ def main(args):
     return trainer.train()
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """What the command line does."""
     args = default_argument_parser().parse_args()
+    args.config_file = find_config(args.config_file)
     several_processes = args.num_gpus * args.num_machines > 1
     with supervised_processes() if several_processes else nullcontext():
         launch(
@@ -103,3 +107,7 @@ if __name__ == "__main__":
             dist_url=args.dist_url,
             args=(args,),
         )
+
+
+if __name__ == "__main__":
+    command()
