@@ -66,9 +66,10 @@ test-cuda: $(STAMP)  ## what depends on the device, on a GPU: minutes, without d
 golden: $(STAMP)  ## whole iterations against official numbers (GOLDEN=<folder>)
 	GOLDEN="$(GOLDEN)" $(PYTHON) -m pytest -m golden
 
-lint: $(STAMP)  ## check style and formatting
+lint: $(STAMP)  ## check style, formatting, and the types of the public names
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 
 dist: $(STAMP)  ## build sdist and wheel into dist/, and try the wheel in a fresh environment
 	PYTHON=$(PYTHON) tools/dist.sh
