@@ -14,6 +14,7 @@ from plaindet import find_config, get_config_file, keep_training_only, read_conf
 from plaindet.data import find_coco_folder, register_coco_format, validate_datasets
 from plaindet.engine import (
     DetectorAdapter,
+    LazyTrainer,
     Method,
     PlainCheckpointer,
     PlainTrainer,
@@ -21,6 +22,8 @@ from plaindet.engine import (
     Teacher,
     TrainingTask,
     build_task,
+    load_lazy_config,
+    load_teacher,
     register_adapter,
     register_method,
     write_plain_config,
@@ -39,6 +42,13 @@ def a_run(folder: str) -> None:
     assert_type(trainer.checkpointer, PlainCheckpointer)
     trainer.resume_or_load(resume=True)
     write_plain_config(cfg, trainer.plain_model)
+
+
+def a_lazy_run(teacher: torch.nn.Module) -> None:
+    trainer = LazyTrainer(load_lazy_config("my.py", ["train.max_iter=10"]))
+    assert_type(trainer.task, TrainingTask)
+    assert_type(load_teacher(teacher, "model_final.pth", ["my_train"]), Teacher)
+    LabelEnc(step=2, step1_file="label_encoder.pth", cutoff_iters=10)
 
 
 def a_trainer_of_ones_own(cfg: Any, detector: torch.nn.Module, teacher: Teacher) -> None:

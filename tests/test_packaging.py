@@ -48,7 +48,14 @@ def test_all_packages_are_declared():
     assert found == {name for name in PACKAGES if (name.split(".")[0] in OWN)} - {
         "plaindet.configs"
     }
-    assert all((REPOSITORY / f"projects/{x}").is_dir() for x in ("PlainDet", "LabelEnc", "CrossKD"))
+    # Nor is a file of configs/ that no pattern takes.
+    configs, data = REPOSITORY / "configs", SETUP["options.package_data"]
+    patterns = data["plaindet.configs"].split(", ")
+    packaged = {path for pattern in patterns for path in configs.glob(pattern)}
+    files = {x for x in configs.rglob("*") if x.is_file() and "__pycache__" not in x.parts}
+    assert packaged == files
+    assert data["*"] == "py.typed"
+    assert all(list(projects.glob(f"*/{name}/py.typed")) for name in OWN)
 
 
 def test_configs_by_name(tmp_path, monkeypatch):

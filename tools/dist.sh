@@ -29,12 +29,15 @@ import sys
 import crosskd
 import labelenc
 import plaindet
+from detectron2.config import LazyConfig
 
 for package in (crosskd, labelenc, plaindet):
     assert package.__file__.startswith(sys.argv[1]), package.__file__
 path = plaindet.get_config_file("CrossKD/gfl_R_50_FPN_from_R_101.yaml")
 assert path.startswith(sys.argv[1]), path
 assert plaindet.read_config(path).MODEL.GFL.NUM_CLASSES == 80
+path = plaindet.get_config_file("LazyConfig/retinanet_R_50_FPN_labelenc_step1.py")
+assert LazyConfig.load(path).train.max_iter == 120000
 CHECK
 train=$folder/venv/bin/boosters-train
 "$train" --help >help.txt
