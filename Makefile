@@ -34,7 +34,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help install weights test test-long golden lint format demo demo-crosskd study study-smoke bench
-.PHONY: bench-cuda soak test-cuda
+.PHONY: bench-cuda soak test-cuda dist
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -66,9 +66,13 @@ test-cuda: $(STAMP)  ## what depends on the device, on a GPU: minutes, without d
 golden: $(STAMP)  ## whole iterations against official numbers (GOLDEN=<folder>)
 	GOLDEN="$(GOLDEN)" $(PYTHON) -m pytest -m golden
 
-lint: $(STAMP)  ## check style and formatting
+lint: $(STAMP)  ## check style, formatting, and the types of the public names
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+dist: $(STAMP)  ## build sdist and wheel into dist/, and try the wheel in a fresh environment
+	PYTHON=$(PYTHON) tools/dist.sh
 
 format: $(STAMP)  ## format the code
 	$(PYTHON) -m ruff check --fix .

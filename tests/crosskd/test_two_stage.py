@@ -1,8 +1,10 @@
 """CrossKD's training of Faster R-CNN and Mask R-CNN."""
 
+from pathlib import Path
+
+import detectron2
 import pytest
 import torch
-from detectron2 import model_zoo
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
@@ -16,6 +18,7 @@ from iteration import (
 from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss
 
+from plaindet import read_config
 from plaindet.engine import Teacher
 from plaindet.engine.adapters import RegionPredictions
 
@@ -23,6 +26,8 @@ detectors = pytest.mark.parametrize("detector", ["faster_rcnn", "mask_rcnn"])
 KD = {"loss_kd_cls", "loss_kd_box"}
 POSITION = "MODEL.CROSSKD.POSITION"
 NUM_CONV = "MODEL.ROI_BOX_HEAD.NUM_CONV"
+# Without detectron2.model_zoo, which needs pkg_resources.
+MODEL_ZOO = Path(detectron2.__file__).parent / "model_zoo" / "configs"
 LAYERS = ["conv1", "fc1", "fc2"]  # of a box head with one convolution
 
 
@@ -402,7 +407,7 @@ def test_options(make_cfg, key, value, message):
 def test_teacher_of_the_model_zoo(read_cfg):
     """Detectron2's own baseline fits the student's config."""
     cfg = read_cfg("CrossKD/faster_rcnn_R_18_FPN_from_R_50.yaml")
-    teacher = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    teacher = read_config(MODEL_ZOO / "COCO-Detection" / "faster_rcnn_R_50_FPN_1x.yaml")
     cfg.MODEL.DEVICE = teacher.MODEL.DEVICE = "cpu"
     student = build_model(cfg)
     student.set_teacher(Teacher(build_model(teacher), teacher.INPUT.FORMAT))

@@ -59,6 +59,7 @@ class LabelEncHook(IdleGradients):
         """
         self.labelenc = labelenc_of(task)
         super().__init__(self.labelenc)
+        self.labelenc.lacks_hook = False
         self.start = start
         self.stop = stop
         self.label_maps = label_maps

@@ -60,6 +60,11 @@ class LabelEnc(Method):
         label_map: str = "boxes",
         norm: str = "",
         teacher: Teacher | Callable[[], Teacher] | bool = False,
+        step1_file: str | None = None,
+        inherit: bool = True,
+        warmup_iters: int | None = None,
+        step1_iters: int | None = None,
+        cutoff_iters: int | None = None,
     ):
         """
         Args:
@@ -71,6 +76,9 @@ class LabelEnc(Method):
             norm: normalisation of the label encoder's FPN, the same as the detector's.
             teacher: supervises step 2 in place of a label encoder ("vanilla KD", Sec. 4.4). It may
                 be built when it is needed, or come later by :meth:`set_feature_teacher` (True).
+            step1_file, inherit, warmup_iters, step1_iters, cutoff_iters: of a LazyConfig, as the
+                keys of MODEL.LABELENC. They are for the trainer, so with one of them a training
+                needs the hook of LabelEnc. None: the trainer knows, or the default of the key.
 
         Raises:
             ValueError: an unknown step, or a teacher in step 1.
@@ -88,6 +96,15 @@ class LabelEnc(Method):
         self.lambda1 = lambda1
         self.lambda_ = lambda_
         self.norm = norm
+        self.settings = {
+            "STEP1_FILE": step1_file,
+            "INHERIT": inherit,
+            "WARMUP_ITERS": warmup_iters,
+            "STEP1_ITERS": step1_iters,
+            "CUTOFF_ITERS": cutoff_iters,
+        }
+        given = (step1_file, warmup_iters, step1_iters, cutoff_iters)
+        self.lacks_hook = any(value is not None for value in given)
         self.distance_weight = lambda2 if step == 1 else lambda_
         # Whether L3 counts in this iteration: set by the hook.
         self.distance_enabled = True
@@ -122,6 +139,13 @@ class LabelEnc(Method):
     def sample_additions(cls, cfg):
         """The label map, unless a teacher takes its place."""
         return [] if cfg.MODEL.LABELENC.TEACHER.CONFIG_FILE else [LabelMaps.from_config(cfg)]
+
+    def write_settings(self, cfg: CfgNode) -> None:
+        labelenc = cfg.MODEL.LABELENC
+        labelenc.STEP, labelenc.LAMBDA1, labelenc.LAMBDA = self.step, self.lambda1, self.lambda_
+        labelenc.update({key: x for key, x in self.settings.items() if x is not None})
+        if self._given_teacher:
+            labelenc.TEACHER.CONFIG_FILE = "of the config"
 
     def check_others(self, others: Sequence[Method]) -> None:
         if others and self.step == 1:
@@ -225,6 +249,13 @@ class LabelEnc(Method):
         * `loss_reconstruction_*`: the same on label encodings (L1, step 1)
         * `loss_distance`: L3, or the auxiliary loss of step 2; 0 while it is switched off
         """
+        if self.lacks_hook:
+            raise RuntimeError(
+                "This training would lose what LabelEnc does in its course: its phases, and the "
+                "step-1 file, which step 1 writes and step 2 starts from. Train the config with "
+                "this project's train_net.py (boosters-train), or register a LabelEncHook in a "
+                "trainer of your own, as docs/lazyconfig.md says"
+            )
         if self.step == 2:
             return {"loss_distance": self.auxiliary_loss(batched_inputs, seen)}
         detector = self.adapter.detector

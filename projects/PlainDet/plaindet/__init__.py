@@ -12,9 +12,17 @@ except ModuleNotFoundError as error:
 
 from . import modeling
 from .config import add_plaindet_config, read_config, register_config
+from .config_files import find_config, get_config_file
 from .data import register_shapes
 from .engine import keep_training_only
 
 register_shapes()
 
-__all__ = ["add_plaindet_config", "keep_training_only", "read_config", "register_config"]
+__all__ = [
+    "add_plaindet_config",
+    "find_config",
+    "get_config_file",
+    "keep_training_only",
+    "read_config",
+    "register_config",
+]

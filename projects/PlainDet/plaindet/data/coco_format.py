@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Sequence
 from functools import partial
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -13,7 +14,7 @@ from .coco_json import read_coco_json
 Dataset = tuple[str, str, str]  # name, json file, folder of images
 
 
-def register_coco_format(datasets: list[Dataset]) -> None:
+def register_coco_format(datasets: Sequence[Dataset]) -> None:
     """Registers data sets in COCO format, as `DATASETS.COCO_FORMAT` lists them. The same name may
     be registered again with the same files. They are needed by those who read the data set.
 

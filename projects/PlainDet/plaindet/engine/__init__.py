@@ -17,10 +17,11 @@ from .checks import (
 from .evaluation import build_evaluator
 from .finite import FiniteLosses
 from .idle import IdleGradients
+from .lazy import LazyTrainer, detector_lr_factor, load_lazy_config
 from .method import METHODS, Method, register_method
 from .optimizer import build_optimizer
 from .plain_config import write_plain_config
 from .preemption import PREEMPTED, Preemption, ending_process_group, supervised_processes
 from .task import TrainingTask
-from .teacher import CompleteCheckpointer, Teacher, build_teacher
+from .teacher import CompleteCheckpointer, Teacher, build_teacher, load_teacher
 from .trainer import PlainTrainer

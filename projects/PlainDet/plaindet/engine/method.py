@@ -73,6 +73,10 @@ class Method(nn.Module):
         """
         return cls()
 
+    def write_settings(self, cfg: CfgNode) -> None:
+        """Writes into a config those settings of its constructor that the methods below read there.
+        Of a LazyConfig, which has the constructor's alone."""
+
     @classmethod
     def sample_additions(cls, cfg: CfgNode) -> list[Callable[[dict], None]]:
         """What is done to a sample of the training data, behind Detectron2's mapper."""

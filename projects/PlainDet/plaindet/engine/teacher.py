@@ -86,6 +86,25 @@ class Teacher:
         return self.model.backbone(images.tensor)
 
 
+def load_teacher(model: nn.Module, weights: str, train_datasets: Sequence[str] = ()) -> Teacher:
+    """A teacher from a detector and the file of its trained weights: of a LazyConfig, as
+    `L(load_teacher)(model=..., weights="output/teacher/model_final.pth")`.
+
+    Args:
+        model: a Detectron2 detector.
+        weights: of the whole detector.
+        train_datasets: see :class:`Teacher`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: none is given, or the weights are not those of the detector.
+    """
+    _check_file(weights, "The file of the teacher's weights")
+    checkpoint = CompleteCheckpointer(model).load(weights)
+    input_format = getattr(model, "input_format", "BGR")
+    return Teacher(model, input_format, train_datasets, checkpoint.get(CLASSES))
+
+
 def build_teacher(node: CfgNode, device: str, key: str) -> Teacher:
     """Builds a teacher with its trained weights.
 

@@ -88,8 +88,8 @@ class PlainTrainer(DefaultTrainer):
         data_loader = self.build_train_loader(cfg, self.mapper)
 
         on_cpu = next(self.task.parameters()).device.type == "cpu"
-        ddp_arguments = {"device_ids": None} if on_cpu else {}
-        ddp_model = create_ddp_model(self.task, broadcast_buffers=False, **ddp_arguments)
+        ddp_arguments = {**self.ddp_arguments(), **({"device_ids": None} if on_cpu else {})}
+        ddp_model = create_ddp_model(self.task, **ddp_arguments)
         self._trainer = _inner_trainer(cfg, ddp_model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = self.build_checkpointer(cfg, self.plain_model)
@@ -98,7 +98,7 @@ class PlainTrainer(DefaultTrainer):
             self.checkpointer.add_checkpointable(TRAINING_ONLY, self.task.training_only)
             self.checkpointer.before_save.append(self._write_files)
         if comm.is_main_process():
-            write_plain_config(cfg, self.plain_model)
+            self.write_plain_config(cfg)
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -111,6 +111,14 @@ class PlainTrainer(DefaultTrainer):
     def plain_model(self) -> nn.Module:
         """The detector that is trained."""
         return self.task.detector
+
+    def ddp_arguments(self) -> dict:
+        """Of Detectron2's `create_ddp_model`."""
+        return {"broadcast_buffers": False}
+
+    def write_plain_config(self, cfg: CfgNode) -> None:
+        """Writes the config of the plain detector, in the main process."""
+        write_plain_config(cfg, self.plain_model)
 
     def build_hooks(self) -> list[HookBase]:
         self._exact_resume = ExactResume(self.plain_model, self.cfg.SOLVER.CHECKPOINT_PERIOD)
@@ -219,7 +227,11 @@ class PlainTrainer(DefaultTrainer):
         dataset = cfg.DATASETS.TRAIN[0]
         classes = MetadataCatalog.get(dataset).get("thing_classes")
         return PlainCheckpointer(
-            model, cfg.OUTPUT_DIR, dataset=dataset, class_names=classes, cfg=cfg
+            model,
+            cfg.OUTPUT_DIR,
+            dataset=dataset,
+            class_names=classes,
+            model_config=cfg.MODEL.dump(),
         )
 
     @classmethod
@@ -240,9 +252,9 @@ class PlainTrainer(DefaultTrainer):
         return build_train_stream(cfg, mapper or cls.build_train_mapper(cfg))
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
-        """The images of DefaultTrainer's, with a mapper whose errors name the image."""
-        mapper = PlainDatasetMapper(cfg, is_train=False)
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str, mapper=None) -> DataLoader:
+        """The images of DefaultTrainer's, by default with a mapper whose errors name the image."""
+        mapper = mapper or PlainDatasetMapper(cfg, is_train=False)
         records = None if cfg.MODEL.LOAD_PROPOSALS else validated_records(cfg, dataset_name)
         if records is None:
             loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)

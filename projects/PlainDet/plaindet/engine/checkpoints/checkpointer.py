@@ -10,7 +10,6 @@ import zipfile
 from collections.abc import Sequence
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
@@ -41,19 +40,19 @@ class PlainCheckpointer(SafeCheckpointer):
         *,
         dataset: str = "",
         class_names: Sequence[str] | None = None,
-        cfg: CfgNode | None = None,
+        model_config: str | None = None,
         **kwargs,
     ):
         """
         Args:
             model, save_dir, kwargs: as Detectron2's.
             dataset, class_names: of the training; None: unknown.
-            cfg: of the run; None: unknown.
+            model_config: MODEL of the run's config as yaml; None: unknown.
         """
         super().__init__(model, save_dir, **kwargs)
         self.dataset = dataset
         self.class_names = class_names
-        self.cfg = cfg
+        self.model_config = model_config
         # Called right before a checkpoint is written, in the process that writes it.
         self.before_save = []
         self._resumed_file = None
@@ -80,10 +79,9 @@ class PlainCheckpointer(SafeCheckpointer):
                 self.dataset,
                 self.class_names,
             )
-            if self.cfg is not None:
-                config = checkpoint.get("model_config")
-                state = checkpoint["model"]
-                check_same_model(self._resumed_file, state, config, self.model, self.cfg)
+            if self.model_config is not None:
+                found = (checkpoint["model"], checkpoint.get("model_config"))
+                check_same_model(self._resumed_file, *found, self.model, self.model_config)
         return super()._load_model(checkpoint)
 
     def save(self, name: str, **kwargs) -> None:
@@ -101,8 +99,8 @@ class PlainCheckpointer(SafeCheckpointer):
         data = {"model": self.model.state_dict(), **states, **kwargs}
         if self.class_names is not None:
             data[CLASSES] = list(self.class_names)
-        if self.cfg is not None:
-            data["model_config"] = self.cfg.MODEL.dump()
+        if self.model_config is not None:
+            data["model_config"] = self.model_config
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info(f"Saving checkpoint to {path}")
         write_atomically(path, lambda f: torch.save(data, f))

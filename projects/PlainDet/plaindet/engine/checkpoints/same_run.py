@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import torch
 import yaml
-from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
 from plaindet.messages import some_of
 
-# What says how weights are meant, without a change of any shape.
+# What says how weights are meant, without a change of any shape. The last two are of a LazyConfig.
 MEANINGS = ("ANCHOR_GENERATOR.", "META_ARCHITECTURE", "BBOX_REG_WEIGHTS", "PIXEL_MEAN", "PIXEL_STD")
+MEANINGS += ("_TARGET_", "BOX2BOX_TRANSFORM.")
 # What may differ between the parts of a run.
 FREE = (
     "MODEL.WEIGHTS",
@@ -25,14 +25,18 @@ META_ARCHITECTURE = "MODEL.META_ARCHITECTURE"
 
 
 def check_same_model(
-    path: str, state: dict[str, torch.Tensor], config: str | None, model: nn.Module, cfg: CfgNode
+    path: str,
+    state: dict[str, torch.Tensor],
+    config: str | None,
+    model: nn.Module,
+    expected_config: str,
 ) -> None:
     """Compares a checkpoint's model with the one that is to go on.
 
     Args:
         path: of the checkpoint, for messages.
         state, config: its model's state dict, and its config's MODEL as yaml; None: unknown.
-        model, cfg: that are to go on.
+        model, expected_config: that are to go on.
 
     Raises:
         ValueError: the checkpoint is of another model; names the config keys with both values, or
@@ -44,12 +48,9 @@ def check_same_model(
         for key in dict.fromkeys((*state, *expected))
         if _shape(state, key) != _shape(expected, key)
     ]
-    keys = (
-        list(_differences(yaml.safe_load(config), yaml.safe_load(cfg.MODEL.dump())))
-        if config
-        else []
-    )
-    if other or any(meaning in key for key, *_ in keys for meaning in MEANINGS):
+    configs = [yaml.safe_load(x) for x in (config, expected_config)] if config else [{}, {}]
+    keys = list(_differences(*configs))
+    if other or any(meaning in key.upper() for key, *_ in keys for meaning in MEANINGS):
         differences = [f"{key} was {found!r} and is {value!r}" for key, found, value in keys]
         raise ValueError(
             f"The checkpoint {path} is of another model: {some_of(differences or other)}. Resume "
@@ -63,7 +64,8 @@ def _shape(state: dict[str, torch.Tensor], key: str):
 
 def _differences(found: dict, expected: dict) -> Iterator[tuple]:
     """The keys of MODEL with other values: (key, in the checkpoint, now)."""
-    old, new = (dict(_flat("MODEL", x)) for x in (found, expected))
+    # LazyConfigs have names of classes.
+    old, new = (dict(_flat("model" if "_target_" in x else "MODEL", x)) for x in (found, expected))
     for keys in (old, new):
         keys[META_ARCHITECTURE] = _plain_name(keys.get(META_ARCHITECTURE))
     for key in dict.fromkeys((*old, *new)):

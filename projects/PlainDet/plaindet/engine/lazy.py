@@ -1,0 +1,317 @@
+"""Runs whose config is a LazyConfig of Detectron2, in Python, and not yaml.
+
+The model of such a config is `L(TrainingTask)(detector=..., methods=[...])`, and all else is as in
+Detectron2's own: `train`, `optimizer`, `lr_multiplier` and `dataloader`.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.engine import HookBase, hooks
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.solver import LRMultiplier
+from detectron2.utils import comm
+from detectron2.utils.registry import _convert_target_to_string, locate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from plaindet.config import add_method_configs, add_plaindet_config
+from plaindet.data import PlainDatasetMapper
+
+from .checkpoints import PlainCheckpointer
+from .checks import check_teacher_classes
+from .evaluation import PlainCOCOEvaluator
+from .task import TrainingTask
+from .teacher import Teacher
+from .trainer import PlainTrainer
+
+# What a run writes into its folder.
+PLAIN_LAZY_CONFIG = "plain_lazyconfig.yaml"
+# The keys that the engine reads, and what they are in a LazyConfig.
+KEYS = {
+    "OUTPUT_DIR": "train.output_dir",
+    "SEED": "train.seed",
+    "MODEL.WEIGHTS": "train.init_checkpoint",
+    "MODEL.DEVICE": "train.device",
+    "SOLVER.MAX_ITER": "train.max_iter",
+    "SOLVER.CHECKPOINT_PERIOD": "train.checkpointer.period",
+    "SOLVER.AMP.ENABLED": "train.amp.enabled",
+    "SOLVER.AMP.PRECISION": "train.amp.precision",
+    "TEST.EVAL_PERIOD": "train.eval_period",
+    "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
+    "DATALOADER.NUM_WORKERS": "dataloader.train.num_workers",
+    "DATALOADER.ASPECT_RATIO_GROUPING": "dataloader.train.aspect_ratio_grouping",
+    "DATALOADER.FILTER_EMPTY_ANNOTATIONS": "dataloader.train.dataset.filter_empty",
+    "MODEL.MASK_ON": "dataloader.train.mapper.use_instance_mask",
+    "INPUT.MASK_FORMAT": "dataloader.train.mapper.instance_mask_format",
+    "DATASETS.TRAIN": "dataloader.train.dataset.names",
+    "DATASETS.TEST": "dataloader.test.dataset.names",
+}
+# Regular expressions of more keys that errors name.
+_FURTHER_KEYS = {
+    r"MODEL\.[A-Z_]*\.NUM_CLASSES": "num_classes of the detector",
+    r"DATASETS\.COCO_FORMAT": "what plaindet.data.register_coco_format takes, in the config",
+    r"MODEL\.LABELENC\.\w+": "an argument of LabelEnc",
+    r"MODEL\.CROSSKD\.\w+": "an argument of CrossKD",
+}
+# Of loaders and of their data sets. The others would be lost.
+_KNOWN = {"dataset", "mapper", "total_batch_size", "num_workers", "aspect_ratio_grouping"}
+_KNOWN_OF_DATASETS = {"names", "filter_empty"}
+# What takes the place of Detectron2's own.
+_OURS = {DatasetMapper: PlainDatasetMapper, COCOEvaluator: PlainCOCOEvaluator}
+
+
+def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Reads a LazyConfig.
+
+    Args:
+        config_file: in Python.
+        overrides: as "train.max_iter=1000".
+
+    Raises:
+        ValueError: an override is no assignment, or the config lacks a part.
+    """
+    wrong = [x for x in overrides if "=" not in x]
+    if wrong:
+        raise ValueError(f"Overrides of a LazyConfig are key=value, found {' '.join(wrong)}")
+    config = LazyConfig.apply_overrides(LazyConfig.load(config_file), list(overrides))
+    parts = ("model", "optimizer", "lr_multiplier", "dataloader.train", "train")
+    lacking = [name for name in parts if OmegaConf.select(config, name) is None]
+    if lacking:
+        raise ValueError(f"{config_file} has no {', '.join(lacking)}")
+    return config
+
+
+def run_cfg(config: DictConfig) -> CfgNode:
+    """What the engine reads of a run, under the keys of a yaml config.
+
+    Raises:
+        ValueError: the data are made in a way that the engine does not know.
+    """
+    loaders = {name: config.dataloader.get(name) for name in ("train", "test")}
+    for name, loader in loaders.items():
+        _check_loader(f"dataloader.{name}", loader)
+    cfg = get_cfg()
+    add_plaindet_config(cfg)
+    add_method_configs(cfg)
+    cfg.DATASETS.TEST = ()
+    for key, lazy_key in KEYS.items():
+        value = OmegaConf.select(config, lazy_key)
+        if value is None or (key == "DATASETS.TEST" and "evaluator" not in config.dataloader):
+            continue
+        if key.startswith("DATASETS."):
+            value = (value,) if isinstance(value, str) else tuple(value)
+        *path, name = key.split(".")
+        node = cfg
+        for part in path:
+            node = node[part]
+        node[name] = value
+    if len(cfg.DATASETS.TEST) > 1:
+        raise ValueError(
+            f"dataloader.test.dataset.names is {cfg.DATASETS.TEST}, expected one data set, which "
+            "dataloader.evaluator evaluates"
+        )
+    return cfg
+
+
+def _check_loader(name: str, loader: DictConfig | None) -> None:
+    if loader is None:
+        return
+    dataset = loader.get("dataset")
+    if dataset is None or _target(dataset) is not get_detection_dataset_dicts:
+        raise ValueError(
+            f"{name}.dataset has to be L(get_detection_dataset_dicts)(names=...), so that the data "
+            "are checked before the run: register data of other kinds in the DatasetCatalog"
+        )
+    unknown = [f"{name}.{key}" for key in loader if key not in {"_target_", *_KNOWN}]
+    known = {"_target_", *_KNOWN_OF_DATASETS}
+    unknown += [f"{name}.dataset.{key}" for key in dataset if key not in known]
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown)}: expected {sorted(_KNOWN)} and of the data set "
+            f"{sorted(_KNOWN_OF_DATASETS)} alone, which can be continued exactly"
+        )
+
+
+def _target(node: DictConfig) -> Any:
+    target = node.get("_target_")
+    return locate(target) if isinstance(target, str) else target
+
+
+def _build(node: DictConfig, **defaults) -> Any:
+    """What a node describes, of this project's class where that has more than Detectron2's."""
+    ours = _OURS.get(_target(node))
+    if ours is not None:
+        node = copy.deepcopy(node)
+        node._target_ = ours
+        for key, value in defaults.items():
+            node.setdefault(key, value)
+    return instantiate(node)
+
+
+def plain_model(config: DictConfig) -> DictConfig:
+    """The node of the plain detector."""
+    target = _target(config.model)
+    is_task = isinstance(target, type) and issubclass(target, TrainingTask)
+    return config.model.detector if is_task else config.model
+
+
+def plain_lazy_config(config: DictConfig) -> DictConfig:
+    """The LazyConfig of the plain detector: without the methods, and without this project but for
+    parts of the detector that are from it."""
+    plain = copy.deepcopy(config)
+    plain.model = plain_model(plain)
+    for loader in (plain.dataloader.get("train"), plain.dataloader.get("test")):
+        if loader is not None and _target(loader.mapper) is PlainDatasetMapper:
+            loader.mapper._target_ = DatasetMapper
+            loader.mapper.pop("additions", None)
+    factor = OmegaConf.select(plain, "optimizer.params.lr_factor_func")
+    if isinstance(factor, partial) and factor.func is detector_lr_factor:
+        plain.optimizer.params.lr_factor_func = factor.keywords["factor"]
+    return plain
+
+
+def detector_lr_factor(name: str, factor: Callable[[str], float]) -> float:
+    """What a function for the parameters of a detector, as Detectron2's `get_vit_lr_decay_rate`,
+    says of the parameter of a task, whose name has a prefix. Not knowing it, such a function says 1
+    of all. For `lr_factor_func` of Detectron2's `get_default_optimizer_params`, by
+    `functools.partial`."""
+    return factor(name.removeprefix("detector."))
+
+
+def evaluate_lazy(config: DictConfig, cfg: CfgNode, detector: nn.Module) -> dict:
+    """The results of a detector on `dataloader.test`; none if there is none.
+
+    Args:
+        cfg: of :func:`run_cfg`.
+    """
+    if not cfg.DATASETS.TEST:
+        return {}
+    mapper = _build(config.dataloader.test.mapper)
+    loader = PlainTrainer.build_test_loader(cfg, cfg.DATASETS.TEST[0], mapper)
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+    evaluator = _build(config.dataloader.evaluator, output_dir=folder)
+    results = inference_on_dataset(detector, loader, evaluator)
+    if comm.is_main_process():
+        print_csv_format(results)
+    return results
+
+
+@contextmanager
+def lazy_terms() -> Iterator[None]:
+    """Around checks that name the keys of yaml configs: the errors also have those of LazyConfigs.
+
+    Raises:
+        ValueError, FileNotFoundError: instead of the error.
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        keys = {**{re.escape(x): y for x, y in KEYS.items()}, **_FURTHER_KEYS}
+        used = [
+            f"{found[0]} is {lazy_key}"
+            for key, lazy_key in keys.items()
+            if (found := re.search(rf"(?<![A-Z._]){key}\b", str(error)))
+        ]
+        if not used or type(error) not in (ValueError, FileNotFoundError):
+            raise
+        raise type(error)(f"{error} (In a LazyConfig {', '.join(used)})") from error
+
+
+class LazyTrainer(PlainTrainer):
+    """PlainTrainer of a LazyConfig. It writes `plain_lazyconfig.yaml` instead of a yaml config."""
+
+    def __init__(self, config: DictConfig):
+        self.config = config
+        with lazy_terms():
+            super().__init__(run_cfg(config))
+
+    def build_model(self, cfg: CfgNode) -> nn.Module:
+        model = instantiate(self.config.model).to(cfg.MODEL.DEVICE)
+        cfg.defrost()  # it is this trainer's own
+        for method in getattr(model, "methods", ()):
+            method.write_settings(cfg)
+            for teacher in vars(method).values():
+                if isinstance(teacher, Teacher):
+                    check_teacher_classes(teacher, cfg)
+        return model
+
+    def build_optimizer(self, cfg: CfgNode, model: nn.Module):
+        node = copy.deepcopy(self.config.optimizer)
+        node.params.model = model
+        factor = node.params.get("lr_factor_func")
+        if factor is not None:
+            node.params.lr_factor_func = partial(detector_lr_factor, factor=factor)
+        return instantiate(node)
+
+    def build_lr_scheduler(self, cfg: CfgNode, optimizer):
+        return LRMultiplier(optimizer, instantiate(self.config.lr_multiplier), cfg.SOLVER.MAX_ITER)
+
+    def build_train_mapper(self, cfg: CfgNode):
+        return _build(self.config.dataloader.train.mapper)
+
+    def build_checkpointer(self, cfg: CfgNode, model: nn.Module) -> PlainCheckpointer:
+        checkpointer = super().build_checkpointer(cfg, model)
+        plain = OmegaConf.to_container(plain_model(self.config), resolve=True)
+        checkpointer.model_config = yaml.safe_dump(_plain_values(plain))
+        return checkpointer
+
+    def ddp_arguments(self) -> dict:
+        return {**super().ddp_arguments(), **self.config.train.get("ddp", {})}
+
+    def write_plain_config(self, cfg: CfgNode) -> None:
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+        path = os.path.join(cfg.OUTPUT_DIR, PLAIN_LAZY_CONFIG)
+        LazyConfig.save(plain_lazy_config(self.config), path)
+
+    def build_hooks(self) -> list[HookBase]:
+        built, train = super().build_hooks(), self.config.train
+        for hook in built:
+            if isinstance(hook, hooks.PeriodicWriter):
+                hook._period = train.get("log_period", 20)
+        max_to_keep = OmegaConf.select(train, "checkpointer.max_to_keep")
+        if max_to_keep is not None and comm.is_main_process():
+            built.append(_RecentCheckpoints(self.cfg, max_to_keep))
+        return built
+
+    def test(self, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
+        return evaluate_lazy(self.config, cfg, self.plain_model)
+
+
+class _RecentCheckpoints(HookBase):
+    """What `max_to_keep` is to fvcore's PeriodicCheckpointer, which asks the checkpointer for the
+    newest file in one process. Ours answers in all of them together."""
+
+    def __init__(self, cfg: CfgNode, max_to_keep: int):
+        self.folder, self.period = cfg.OUTPUT_DIR, cfg.SOLVER.CHECKPOINT_PERIOD
+        self.max_to_keep = max_to_keep
+        self._files = []
+
+    def after_step(self):
+        if (self.trainer.iter + 1) % self.period == 0:
+            self._files.append(os.path.join(self.folder, f"model_{self.trainer.iter:07d}.pth"))
+            while len(self._files) > self.max_to_keep:
+                os.remove(self._files.pop(0))
+
+
+def _plain_values(x: Any) -> Any:
+    """Of texts, numbers, lists and dicts alone."""
+    if isinstance(x, dict):
+        return {str(key): _plain_values(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_plain_values(value) for value in x]
+    if x is None or isinstance(x, (str, bool, int, float)):
+        return x
+    if isinstance(x, partial):
+        return _plain_values({"_target_": x.func, "args": x.args, **x.keywords})
+    return _convert_target_to_string(x) if hasattr(x, "__qualname__") else str(x)
