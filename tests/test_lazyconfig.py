@@ -244,6 +244,18 @@ def test_crosskd(train, tiny_config, tmp_path, config, main):
         plain.load_state_dict(checkpoint_of(output / "model_final.pth")["model"], strict=True)
 
 
+def test_labelenc_of_vitdet(train):
+    """Both steps, with label maps of masks."""
+    name, method = "mask_rcnn_ViT_B_labelenc", "model.methods.0"
+    step1 = train(f"{name}_step1", f"{method}.warmup_iters=1")
+    file = f"{method}.step1_file={step1 / 'label_encoder.pth'}"
+    step2 = train(f"{name}_step2", file, f"{method}.cutoff_iters=2")
+    for output, expected in ((step1, [False, True, True]), (step2, [True, True, False])):
+        distances = [losses["loss_distance"] for losses in metrics_of(output).values()]  # medians
+        assert [distance > 0 for distance in distances] == expected
+        check_plain(output)
+
+
 def test_detectron2s_script_needs_the_hook(train, tmp_path):
     """LabelEnc would lose its phases and its file, and says so before the first step."""
     with pytest.raises(RuntimeError, match="would lose .* Train the config with this project's"):
