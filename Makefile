@@ -107,3 +107,14 @@ GPU := --device cuda --amp --size 800 1333 --images $(IMAGES) --rounds 20 --outp
 bench-cuda: $(STAMP)  ## the same on a GPU, with mixed precision, into docs/benchmarks (IMAGES=2)
 	$(PYTHON) tools/benchmark.py $(GPU) $(OPTIONS)
 	$(PYTHON) tools/benchmark_crosskd.py $(GPU) --student-depth 50 --teacher-depth 101 $(OPTIONS)
+
+DOCS_VENV ?= .venv-docs
+
+$(DOCS_VENV)/.installed: tools/requirements-docs.txt
+	python3 -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+.PHONY: docs
+docs: $(DOCS_VENV)/.installed  ## build the documentation site into output/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict

@@ -1,4 +1,5 @@
-"""Every snippet of every README runs, each in a process of its own, as it is printed.
+"""Every snippet of every README and every page of the documentation runs, each in a process of its
+own, as it is printed. Excerpts are in the sources, and links lead to files.
 
 The folder that it runs in has what the text speaks of: a data set, a run, a project. Its command
 `python` makes trainings tiny; of configs for COCO it only reads the config.
@@ -11,28 +12,42 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
+import labelenc
+import plaindet
 import train_net
-from plaindet.engine import PlainTrainer, write_plain_config
+from labelenc import save_step1_file
+from plaindet import find_config, read_config
+from plaindet.engine import PlainTrainer, load_lazy_config, write_plain_config
 from plaindet.export import export_onnx
+
+from demo_runs import CONFIGS
+from study_plan import plan_runs, read_study
 
 REPOSITORY = Path(__file__).parent.parent
 READMES = [
     REPOSITORY / "README.md",
     *sorted((REPOSITORY / "projects").glob("**/README.md")),
-    *sorted((REPOSITORY / "docs").glob("*/README.md")),
+    *sorted((REPOSITORY / "docs").rglob("*.md")),
+    REPOSITORY / "CONTRIBUTING.md",
+    REPOSITORY / "CHANGELOG.md",
 ]
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r'^```(\w*)(?: title="([^"\n]*)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+BLOCKS = [(path, *block) for path in READMES for block in FENCE.findall(path.read_text())]
+# With a title they are excerpts of a file.
+EXCERPTS = [(source, code) for _, _, source, code in BLOCKS if source]
 SNIPPETS = [
     (str(path.relative_to(REPOSITORY)), language, code)
-    for path in READMES
-    for language, code in FENCE.findall(path.read_text())
+    for path, language, source, code in BLOCKS
+    if not source
 ]
+LINK = re.compile(r"\]\(([^)\s:]+)\)")
 # What the snippets in Python and yaml are known by.
 RESULT = '\ncfg = get_cfg()\ncfg.merge_from_file("output/my_run/plain_config.yaml'
 RESULT_OF_PLAINDET = 'add_plaindet_config(cfg)\ncfg.merge_from_file("output/my_run'
@@ -47,8 +62,13 @@ REPLAY = 'replay["batch"]'
 BOTH_METHODS = 'TRAINING_METHODS: ("LabelEnc", "CrossKD")'
 OWN_BACKBONE = "NAME: convnext_tiny"
 ONNX = 'InferenceSession("detector.onnx")'
+OWN_STUDY = "title: learning rate 0.04"
+PACKAGED_CONFIG = "cfg = read_config(get_config_file("
+LAZY_TASK = "model = L(TrainingTask)"
+LAZY_SCRIPT = "hook = LabelEncHook(model"
 OTHERS = [RESULT, RESULT_OF_PLAINDET, OWN_PROJECT, OWN_TRAINER, OWN_TRAINER_WITH_CROSSKD, OWN_KEYS]
-OTHERS += [OWN_ADAPTER, OWN_METHOD, TASK, REPLAY, BOTH_METHODS, OWN_BACKBONE, ONNX]
+OTHERS += [OWN_ADAPTER, OWN_METHOD, TASK, REPLAY, BOTH_METHODS, OWN_BACKBONE, ONNX, OWN_STUDY]
+OTHERS += [PACKAGED_CONFIG, LAZY_TASK, LAZY_SCRIPT]
 
 MY_PROJECT = """
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -87,6 +107,8 @@ if args[0] == "train_net.py" and any(arg.startswith("configs/quick/") for arg in
 elif args[0] == "train_net.py":  # for COCO, or on many GPUs
     with open({commands!r}, "a") as file:
         print(json.dumps(args[1:]), file=file)
+    sys.exit()
+elif args[0] == "tools/lazyconfig_train_net.py":  # Detectron2's, see test_lazyconfig.py
     sys.exit()
 elif args[0].startswith("tools/") and args[0] not in {tools!r}:
     args[1:] = ["--help"]
@@ -145,6 +167,10 @@ def workspace(tmp_path_factory, tiny_data):
         "tools": tools,
         "commands": str(folder / "commands.json"),
     }
+    (folder / "bin" / "pip").write_text("#!/bin/bash\n[ $1 = install ]\n")
+    (folder / "bin" / "boosters-train").write_text('#!/bin/bash\npython train_net.py "$@"\n')
+    for name in ("pip", "boosters-train"):
+        (folder / "bin" / name).chmod(0o755)
     for name in ("bin/python", ".venv/bin/python"):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -227,7 +253,9 @@ def test_shell(run, make_cfg, workspace, monkeypatch, code):
         monkeypatch.chdir(workspace)
         for line in commands.read_text().splitlines():
             args = train_net.default_argument_parser().parse_args(json.loads(line))
-            train_net.read_config(args.config_file, args.opts)
+            config_file = find_config(args.config_file)
+            read = load_lazy_config if config_file.endswith(".py") else read_config
+            read(config_file, args.opts)
         commands.unlink()
 
 
@@ -340,7 +368,7 @@ def test_keys_of_a_project(run_python, run, workspace):
     assert "MY_DETECTOR:\n    WIDTH: 32" in text
 
 
-@pytest.mark.parametrize("text", [OWN_ADAPTER, TASK])
+@pytest.mark.parametrize("text", [OWN_ADAPTER, TASK, PACKAGED_CONFIG, LAZY_TASK])
 def test_parts_of_a_task(run_python, text):
     run_python(snippet(text))
 
@@ -356,6 +384,19 @@ def test_own_method(run_python, run, make_cfg, workspace):
     (log,) = workspace.glob("output/quick/retinanet_R_18_baseline/metrics.json")
     assert '"loss_imitation"' in log.read_text()
     assert "META_ARCHITECTURE: RetinaNet" in (log.parent / "plain_config.yaml").read_text()
+
+
+def test_lines_of_a_lazy_script(make_cfg, workspace, monkeypatch):
+    model = build_model(make_cfg("quick/retinanet_R_18_labelenc_step1.yaml"))
+    (workspace / "output" / "step1").mkdir(parents=True)
+    save_step1_file(model, str(workspace / "output" / "step1" / "label_encoder.pth"))
+    monkeypatch.chdir(workspace)
+    checkpointer = DetectionCheckpointer(model, "output/step1")
+    given = {"model": model, "trainer": Mock(), "checkpointer": checkpointer}
+    given.update(warmup_iters=1, max_iter=2, output_dir="output/step1")
+    exec(snippet(LAZY_SCRIPT), vars(labelenc) | vars(plaindet) | given)
+    given["trainer"].register_hooks.assert_called_once()
+    assert "training_only" in checkpointer.checkpointables
 
 
 def test_replay(run_python, make_cfg, workspace):
@@ -381,9 +422,60 @@ def test_config_of_both_methods(run, workspace):
     run([f"{workspace}/bin/python", "train_net.py", "--config-file", "my/configs/both.yaml"])
 
 
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (1, False)])
+def test_slurm_script(run, workspace, tmp_path, code, requeued):
+    """On one of two machines, whose training ends with an exit code."""
+    log = tmp_path / "requeued"
+    commands = {
+        "srun": f'[ "$1" = --wait=60 ] || exit 3\nshift\n"$@" || exit 4\nexit {code}',
+        "scontrol": f'[ "$1" = show ] && echo first || echo "$@" > {log}',
+    }
+    for name, text in commands.items():
+        (workspace / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (workspace / "bin" / name).chmod(0o755)
+    (script,) = [x for x in BASH if "#SBATCH" in x]
+    (workspace / "job.sh").write_text(script)
+    ids = {"SLURM_JOB_ID": "12345", "SLURM_NNODES": "2", "SLURM_NODEID": "1"}
+    run(["bash", "-c", f"bash job.sh; [ $? = {code} ]"], **ids, SLURM_JOB_NODELIST="both")
+    assert log.exists() == requeued
+    if requeued:
+        assert log.read_text().split() == ["requeue", "12345"]
+    commands = workspace / "commands.json"
+    command = json.loads(commands.read_text().splitlines()[-1])
+    commands.unlink()
+    args = train_net.default_argument_parser().parse_args(command)
+    assert args.resume
+    assert (args.num_machines, args.machine_rank) == (2, 1)
+    assert args.dist_url == "tcp://first:22345"
+    read_config(REPOSITORY / args.config_file, args.opts)
+
+
+def test_own_study(workspace, tmp_path):
+    path = workspace / "my_study.yaml"
+    path.write_text(snippet(OWN_STUDY))
+    runs = plan_runs(read_study(str(path)), "retinanet", "shapes", 1, tmp_path)
+    cfgs = [read_config(CONFIGS / x.config, x.overrides) for x in runs.values()]
+    assert [cfg.SOLVER.BASE_LR for cfg in cfgs] == [0.02, 0.04]
+
+
+@pytest.mark.parametrize(("source", "code"), EXCERPTS)
+def test_excerpts_are_in_the_sources(source, code):
+    """As they are but for indentation and the wrapping of lines."""
+    found, text = ("".join(x.split()) for x in (code, (REPOSITORY / source).read_text()))
+    assert found in text
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda x: str(x.relative_to(REPOSITORY)))
+def test_links(path):
+    """To files. `make docs` checks those to headings too, of all that is on the site."""
+    for link in LINK.findall(FENCE.sub("", path.read_text())):
+        file = link.partition("#")[0]
+        assert not file or (path.parent / file).exists(), link
+
+
 def test_all_snippets_are_tested():
     """The shell's all are, by `test_shell`; each of the others is one of these."""
     for file, language, code in SNIPPETS:
-        assert language in ("bash", "python", "yaml", "text"), (file, code)
+        assert language in ("bash", "python", "yaml", "text", "math"), (file, code)
         if language in ("python", "yaml"):
             assert any(text in code for text in OTHERS), (file, code)
