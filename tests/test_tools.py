@@ -17,7 +17,7 @@ import train_net
 from labelenc import save_step1_file
 from plaindet import read_config
 from plaindet.data.shapes import SHAPES_CLASSES
-from plaindet.engine import check_num_classes
+from plaindet.engine import build_task, check_num_classes
 from plaindet.engine.checks import thing_classes
 
 from pictures import (
@@ -243,6 +243,24 @@ def test_visualize_features_of_chosen_images(runs, call):
     assert [title for title, _ in row] == ["image", "baseline, p4", "ours, p4"]
     assert (row[1][1] == by_id[0][2][1]).all()
     assert (runs / "sheets" / "0_1.png").exists()
+
+
+def test_visualize_features_of_deformable_detr(make_cfg, call, tmp_path):
+    """The levels behind its input projections, named by their strides."""
+    pytest.importorskip("transformers")
+    cfg = make_cfg("quick/deformable_detr_R_18_labelenc_step1.yaml")
+    (tmp_path / "step1.yaml").write_text(cfg.dump())
+    task = build_task(cfg)
+    torch.save({"model": task.state_dict()}, tmp_path / "detector.pth")
+    save_step1_file(task, str(tmp_path / "label_encoder.pth"))
+    sheets = call(
+        *("visualize_features", "--config-file", tmp_path / "step1.yaml", "--level", "p3", "p6"),
+        *("--weights", f"ours={tmp_path}/detector.pth", "--output", tmp_path / "sheets"),
+        *("--label-encoder", tmp_path / "label_encoder.pth"),
+    )
+    assert [[title for title, _ in row][2:] for row in sheets[0]] == [
+        [f"ours, {level}", f"label encoding h(y), {level}"] for level in ("p3", "p6")
+    ]
 
 
 def test_visualize_distillation(runs, call, tmp_path):

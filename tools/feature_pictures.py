@@ -12,6 +12,7 @@ from detectron2.modeling import FPN
 from labelenc.dataset_mapper import LabelMapDatasetMapper
 from labelenc.label_map import LabelMap
 from labelenc.pictures import feature_picture
+from plaindet.engine import adapter_of
 
 
 def picture_mapper(cfg: CfgNode, augment: bool = False) -> LabelMapDatasetMapper:
@@ -34,15 +35,16 @@ def draw_features(model: torch.nn.Module, inputs: dict, levels: list[str]) -> li
     """Draws levels of the features f(I) that a detector finds in one image.
 
     Args:
-        model: a Detectron2 detector in eval mode, plain or with LabelEnc.
+        model: a detector in eval mode.
         inputs: of the mapper.
-        levels: names of the backbone's outputs.
+        levels: names of those that the head reads.
 
     Raises:
         ValueError: an unknown level.
     """
-    features = model.backbone(model.preprocess_image([inputs]).tensor)
-    return _draw_levels(model.backbone, features, levels, inputs["image"].shape[-2:])
+    adapter = adapter_of(model)
+    features = adapter.levels(model.backbone(model.preprocess_image([inputs]).tensor))
+    return _draw_levels(features, adapter.feature_shapes, levels, inputs["image"].shape[-2:])
 
 
 @torch.no_grad()
@@ -62,11 +64,10 @@ def draw_encoding(label_encoder: FPN, label_map: LabelMap, levels: list[str]) ->
     multiple = label_encoder.size_divisibility
     padded = label_map.pad(tuple(multiple * math.ceil(length / multiple) for length in size))
     encodings = label_encoder([padded.to(next(label_encoder.parameters()).device)])
-    return _draw_levels(label_encoder, encodings, levels, size)
+    return _draw_levels(encodings, label_encoder.output_shape(), levels, size)
 
 
-def _draw_levels(fpn, features, levels, image_size) -> list[np.ndarray]:
-    shapes = fpn.output_shape()
+def _draw_levels(features, shapes, levels, image_size) -> list[np.ndarray]:
     for level in levels:
         if level not in shapes:
             raise ValueError(f"There is no level {level}: the levels are {', '.join(shapes)}")

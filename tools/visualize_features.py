@@ -23,11 +23,13 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import convert_image_to_rgb
-from detectron2.modeling import FPN, build_backbone
+from detectron2.modeling import FPN, build_model
 
 from labelenc import build_label_encoder
 from labelenc.pictures import label_map_picture
+from plaindet.engine import adapter_of, plain_cfg
 from plaindet.loading import load_tensors
+from plaindet.modeling import without_pretrained_weights
 
 from detectors import add_detector_arguments, check_file, choose_images, load_model, read_cfg
 from feature_pictures import draw_encoding, draw_features, picture_mapper
@@ -71,7 +73,10 @@ def load_label_encoder(cfg: CfgNode, content: dict, path: str) -> FPN:
     if state is None:
         raise ValueError(f"{path} has no label encoder, only {sorted(content)}")
     num_classes = state["bottom_up.stem.weight"].shape[1]
-    label_encoder = build_label_encoder(build_backbone(cfg), num_classes, cfg.MODEL.FPN.NORM)
+    detector = build_model(without_pretrained_weights(plain_cfg(cfg)))
+    shapes = adapter_of(detector).feature_shapes
+    norm = cfg.MODEL.FPN.NORM
+    label_encoder = build_label_encoder(detector.backbone, num_classes, norm, shapes)
     try:
         label_encoder.load_state_dict(state)
     except RuntimeError as error:
@@ -101,7 +106,7 @@ def main():
             label_encoder = load_label_encoder(detector_cfg, rest, weights)
             encoder_mapper = detectors[-1][2]
 
-    args.level = args.level or list(detectors[0][1].backbone.output_shape())[:2][-1:]
+    args.level = args.level or list(adapter_of(detectors[0][1]).feature_shapes)[:2][-1:]
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     for number, dataset_dict in enumerate(dataset_dicts):

@@ -57,7 +57,7 @@ def test_draw_features_and_encoding(make_cfg):
     dense = F.pad(inputs["label_map"].to_dense(3), (0, 16))
     encodings = model.label_encoder(dense[None])
 
-    pictures = draw_features(model, inputs, ["p3", "p5"])
+    pictures = draw_features(model.detector, inputs, ["p3", "p5"])
     encoding_pictures = draw_encoding(model.label_encoder, inputs["label_map"], ["p3", "p5"])
     for i, (level, stride) in enumerate([("p3", 8), ("p5", 32)]):
         expected = norm_picture(features[level][0], stride, 64, 80)
@@ -67,7 +67,7 @@ def test_draw_features_and_encoding(make_cfg):
 
     levels = "There is no level p2: the levels are p3, p4, p5, p6, p7"
     with pytest.raises(ValueError, match=levels):
-        draw_features(model, inputs, ["p2"])
+        draw_features(model.detector, inputs, ["p2"])
     with pytest.raises(ValueError, match=levels):
         draw_encoding(model.label_encoder, inputs["label_map"], ["p2"])
     unknown = LabelMap(torch.tensor([3]), torch.ones(1, 64, 80))
