@@ -55,7 +55,7 @@ output/weights/tf_efficientnet_lite%.pth: | $(STAMP)
 	$(PYTHON) -W ignore tools/convert_efficientnet_lite.py $* $@
 
 test: $(STAMP)  ## run the tests (in about 6 GB of memory)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(STAMP)  ## whole tables, of which `make test` runs a part: every error, every snippet
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m long

@@ -18,14 +18,12 @@ timm = pytest.importorskip("timm")
 
 BACKBONES = [
     "resnet18",
-    "resnet34",
     "mobilenetv2_100",
-    "mobilenetv3_small_050",
-    "regnety_002",
     "convnext_atto",
     "tf_efficientnet_lite0",
     "vit_tiny_patch16_224",
 ]
+MORE_BACKBONES = ["resnet34", "mobilenetv3_small_050", "regnety_002"]
 SWIN = "swin_tiny_patch4_window7_224"  # takes a gigabyte
 # A plain ViT has one stride. What an FPN needs for it:
 ONE_LEVEL = {
@@ -118,7 +116,14 @@ assert not {"labelenc", "crosskd", "train_net"} & sys.modules.keys()
 """
 
 
-@pytest.mark.parametrize("names", [BACKBONES, pytest.param([SWIN], marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "names",
+    [
+        BACKBONES,
+        pytest.param(MORE_BACKBONES, marks=pytest.mark.long),
+        pytest.param([SWIN], marks=pytest.mark.long),
+    ],
+)
 def test_every_backbone_with_every_method(run_cfg, tmp_path, names, request):
     """One iteration each, whose checkpoint is that of the plain detector."""
     if SWIN in names:

@@ -443,7 +443,9 @@ def train_distributed(cfg):
         torch.save(distances, os.path.join(cfg.OUTPUT_DIR, "distances.pth"))
 
 
-@pytest.mark.parametrize(("step", "expected"), [("both", "-++++-"), (2, "+-")])
+@pytest.mark.parametrize(
+    ("step", "expected"), [("both", "-++++-"), pytest.param(2, "+-", marks=pytest.mark.long)]
+)
 @pytest.mark.usefixtures("alone")
 def test_two_processes(step, expected, make_cfg, step2_cfg):
     """DistributedDataParallel with Detectron2's settings, through every phase: those of step 1 are
