@@ -51,14 +51,13 @@ KINDS = {
 # Those of `make test`: (kind, data loader workers of all processes, processes).
 SOME = [
     ("divergence", 2, 1),
-    ("divergence inside the model", 0, 2),
+    ("divergence inside the model", 0, 1),
     ("image", 0, 2),
     ("image", 2, 1),
     ("image of the evaluation", 2, 1),
     ("disk", 0, 1),
     ("killed worker", 2, 1),
     ("interrupt", 2, 1),
-    ("interrupt", 2, 2),
 ]
 ALL = [case for case in product(KINDS, (0, 2), (1, 2)) if case[:2] != ("killed worker", 0)]
 

@@ -110,8 +110,8 @@ elif args[0] == "train_net.py":  # for COCO, or on many GPUs
     sys.exit()
 elif args[0] == "tools/lazyconfig_train_net.py":  # Detectron2's, see test_lazyconfig.py
     sys.exit()
-elif args[0].startswith("tools/") and args[0] not in {tools!r}:
-    args[1:] = ["--help"]
+elif args[0].startswith("tools/") and args[0] not in {tools!r}:  # see test_tools_start
+    sys.exit(not os.path.isfile(args[0]))
 elif args[0] == "-" or args[:2] == ["-m", "pip"]:  # of tools/install.sh
     sys.exit()
 os.execv({python!r}, [{python!r}, "-W", "ignore", *args])
@@ -257,6 +257,25 @@ def test_shell(run, make_cfg, workspace, monkeypatch, code):
             read = load_lazy_config if config_file.endswith(".py") else read_config
             read(config_file, args.opts)
         commands.unlink()
+
+
+def test_tools_start(run):
+    """Those that snippets name, one after the other in a process, since each imports the same."""
+    tools = sorted(set(re.findall(r"python (tools/\w+\.py)", "".join(BASH))))
+    tools = [tool for tool in tools if (REPOSITORY / tool).is_file()]  # and not Detectron2's
+    assert "tools/export.py" in tools
+    code = f"""
+import runpy, sys
+
+sys.path.insert(0, "tools")
+for tool in {tools}:
+    sys.argv = [tool, "--help"]
+    try:
+        runpy.run_path(tool, run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, tool
+"""
+    assert run([sys.executable, "-W", "ignore", "-c", code]).count("usage:") == len(tools)
 
 
 def run_shell(run, make_cfg, workspace, code):

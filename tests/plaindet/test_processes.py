@@ -74,6 +74,7 @@ def test_two_processes(make_cfg):
     assert (folder / "nonfinite_0000001_process1.pth").exists()
 
 
+@pytest.mark.long
 def test_two_machines(make_cfg, tmp_path):
     """The documented commands, both on this one: they train together and leave together."""
     cfg = make_cfg(CONFIG, "SOLVER.MAX_ITER", "1000", "DATASETS.TEST", "()")
