@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 NOTEBOOK = REPOSITORY / "docs" / "tutorial.ipynb"
 
 

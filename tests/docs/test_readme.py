@@ -30,7 +30,7 @@ from plaindet.export import export_onnx
 from demo_runs import CONFIGS
 from study_plan import plan_runs, read_study
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 READMES = [
     REPOSITORY / "README.md",
     *sorted((REPOSITORY / "projects").glob("**/README.md")),
