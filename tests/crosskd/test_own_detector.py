@@ -165,7 +165,9 @@ def test_position_that_one_head_does_not_have(make_decoupled):
     shallow, deep = make_decoupled("SiLU", 1), make_decoupled("SiLU", 2)
     with pytest.raises(ValueError, match=r"POSITION is 2, expected one of \[0, 1\]"):
         TrainingTask(shallow, [DenseCrossKD(position=2, teacher=Teacher(deep))])
-    with pytest.raises(ValueError, match="POSITION is 2, but the teacher's head has only 1 conv"):
+    with pytest.raises(
+        ValueError, match="POSITION is 2, but the last position of the teacher's head is 1"
+    ):
         TrainingTask(deep, [DenseCrossKD(position=2, teacher=Teacher(shallow))])
 
 

@@ -113,8 +113,8 @@ class DenseCrossKD(CrossKD):
         positions = self.teacher_adapter.num_positions
         if self.position > positions:
             raise ValueError(
-                f"MODEL.CROSSKD.POSITION is {self.position}, but the teacher's head has only "
-                f"{positions} convolutions"
+                f"MODEL.CROSSKD.POSITION is {self.position}, but the last position of the "
+                f"teacher's head is {positions}"
             )
 
     def build_projections(self):

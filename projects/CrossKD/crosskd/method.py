@@ -59,7 +59,7 @@ class CrossKD(Method):
                 teacher = partial(_build_teacher, cfg) if with_teacher else None
                 return subclass(teacher=teacher, **subclass.settings(cfg.MODEL.CROSSKD))
         raise TypeError(
-            f"CrossKD is for dense detectors, Faster and Mask R-CNN, and Deformable DETR, not for "
+            "CrossKD is for dense and two-stage detectors and Deformable DETR, not for "
             f"{type(adapter.detector).__name__}"
         )
 

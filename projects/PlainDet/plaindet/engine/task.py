@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from math import prod
 
 import torch
 from detectron2.utils.events import get_event_storage, has_event_storage
@@ -59,9 +60,8 @@ class TrainingTask(nn.Module):
         losses, seen = {}, None
         if all(method.trains_detector for method in self.methods):
             seen = self.adapter.observe(batched_inputs)
-            losses.update(seen.losses)
-        for method in self.methods:
-            losses = {name: method.detection_weight * loss for name, loss in losses.items()}
+            weight = prod(method.detection_weight for method in self.methods)
+            losses = {name: weight * loss for name, loss in seen.losses.items()}
         for method in self.methods:
             losses.update(method.losses(batched_inputs, seen))
         return losses
