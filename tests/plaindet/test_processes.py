@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.engine import HookBase, launch
+from detectron2.engine import HookBase, hooks, launch
 from detectron2.utils import comm
 from torch import distributed
 
@@ -53,6 +53,9 @@ def train_until_preempted(cfg):
     stop_at_a_loss(cfg)
     trainer = make_trainer(cfg)
     trainer.register_hooks([SignalToTheLauncher()])
+    for hook in trainer._hooks:
+        if isinstance(hook, hooks.PeriodicCheckpointer):  # in the main process alone
+            hook.max_to_keep = 1
     try:
         with ending_process_group():
             trainer.train()
@@ -62,7 +65,7 @@ def train_until_preempted(cfg):
 
 def test_two_processes(make_cfg):
     """The launcher passes the signal on; both leave after the same iteration, with its code."""
-    cfg = make_cfg(CONFIG, "SOLVER.MAX_ITER", "30")
+    cfg = make_cfg(CONFIG, "SOLVER.MAX_ITER", "30", "SOLVER.CHECKPOINT_PERIOD", "1")
     with pytest.raises(SystemExit) as exit_, supervised_processes():
         launch(train_until_preempted, 2, dist_url="auto", args=(cfg,))
     assert exit_.value.code == PREEMPTED
@@ -70,6 +73,7 @@ def test_two_processes(make_cfg):
     name = (folder / "last_checkpoint").read_text()
     checkpoint = torch.load(folder / name, weights_only=True)
     assert 1 <= checkpoint["iteration"] < 29
+    assert not (folder / "model_0000000.pth").exists()
     assert len(checkpoint["trainer"]["hooks"]["ExactResume"]["loss_normalizers"]) == 2
     assert (folder / "nonfinite_0000001_process1.pth").exists()
 

@@ -279,29 +279,12 @@ class LazyTrainer(PlainTrainer):
         for hook in built:
             if isinstance(hook, hooks.PeriodicWriter):
                 hook._period = train.get("log_period", 20)
-        max_to_keep = OmegaConf.select(train, "checkpointer.max_to_keep")
-        if max_to_keep is not None and comm.is_main_process():
-            built.append(_RecentCheckpoints(self.cfg, max_to_keep))
+            elif isinstance(hook, hooks.PeriodicCheckpointer):
+                hook.max_to_keep = OmegaConf.select(train, "checkpointer.max_to_keep")
         return built
 
     def test(self, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
         return evaluate_lazy(self.config, cfg, self.plain_model)
-
-
-class _RecentCheckpoints(HookBase):
-    """What `max_to_keep` is to fvcore's PeriodicCheckpointer, which asks the checkpointer for the
-    newest file in one process. Ours answers in all of them together."""
-
-    def __init__(self, cfg: CfgNode, max_to_keep: int):
-        self.folder, self.period = cfg.OUTPUT_DIR, cfg.SOLVER.CHECKPOINT_PERIOD
-        self.max_to_keep = max_to_keep
-        self._files = []
-
-    def after_step(self):
-        if (self.trainer.iter + 1) % self.period == 0:
-            self._files.append(os.path.join(self.folder, f"model_{self.trainer.iter:07d}.pth"))
-            while len(self._files) > self.max_to_keep:
-                os.remove(self._files.pop(0))
 
 
 def _plain_values(x: Any) -> Any:

@@ -150,8 +150,8 @@ class PlainTrainer(DefaultTrainer):
                 method.start(self.cfg)
         if 0 < self.max_iter < self.start_iter:
             raise ValueError(
-                f"The checkpoint {self.checkpointer.get_checkpoint_file()} has {self.start_iter} "
-                f"iterations, expected at most SOLVER.MAX_ITER {self.max_iter}"
+                f"The checkpoint {self.checkpointer.newest_whole_checkpoint()} has "
+                f"{self.start_iter} iterations, expected at most SOLVER.MAX_ITER {self.max_iter}"
             )
 
     def run_step(self):
@@ -183,8 +183,10 @@ class PlainTrainer(DefaultTrainer):
     def _write_final_checkpoint(self) -> None:
         # The run was killed after the checkpoint of its last iteration, and before the final one,
         # which Detectron2 writes behind an iteration alone.
-        path = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else ""
-        if path and os.path.basename(path) != "model_final.pth":
+        if not self.checkpointer.has_checkpoint():
+            return
+        path = self.checkpointer.newest_whole_checkpoint()
+        if os.path.basename(path) != "model_final.pth":
             self.iter = self.storage.iter = self.max_iter - 1
             self._exact_resume.collect()
             self.checkpointer.save("model_final", iteration=self.iter)

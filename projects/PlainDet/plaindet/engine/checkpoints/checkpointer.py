@@ -65,7 +65,7 @@ class PlainCheckpointer(SafeCheckpointer):
         """
         if not (resume and self.has_checkpoint()):
             return super().resume_or_load(path, resume=False)
-        self._resumed_file = self.get_checkpoint_file()
+        self._resumed_file = self.newest_whole_checkpoint()
         try:
             return self.load(self._resumed_file)
         finally:
@@ -130,8 +130,8 @@ class PlainCheckpointer(SafeCheckpointer):
             path = os.path.join(self.save_dir, "last_checkpoint")
             write_atomically(path, lambda f: f.write(last_filename_basename.encode()))
 
-    def get_checkpoint_file(self) -> str:
-        """The newest checkpoint that is whole; the same in all processes.
+    def newest_whole_checkpoint(self) -> str:
+        """The newest checkpoint that is whole; call it in all processes, which get the same.
 
         Raises:
             ValueError: all are damaged.
