@@ -49,7 +49,17 @@ CASES = [
     ("crosskd", "gfl", None, {"loss_cls", "loss_dfl", "loss_box_reg"}, (STRATEGY, "a")),
     ("labelenc_crosskd", "gfl", True, ALL, (STRATEGY, "mimicking")),
 ]
+# Those of `make test-long`: their parts are in the others.
+LONG = [
+    *(f"labelenc_step{step} {d} True" for step in (1, 2) for d in ("fcos", "retinanet")),
+    *(f"labelenc_step{step} faster_rcnn True" for step in (1, 2)),
+    "crosskd fcos",
+]
 NAMES = [f"{m} {d} {on} {' '.join(more)}".strip() for m, d, on, _, more in CASES]
+
+
+def is_long(case):
+    return NAMES[case].startswith(tuple(LONG))
 
 
 def losses_and_gradients(cfg, distance_enabled):
@@ -71,10 +81,11 @@ def losses_and_gradients(cfg, distance_enabled):
 
 def save_all(cfgs, folder):
     """A file for each case, since all gradients together take gigabytes."""
-    for i, (cfg, case) in enumerate(zip(cfgs, CASES)):
-        losses, gradients = losses_and_gradients(cfg, case[2])
+    for i, cfg in cfgs.items():
+        _, _, distance_enabled, following, _ = CASES[i]
+        losses, gradients = losses_and_gradients(cfg, distance_enabled)
         if comm.is_main_process():
-            torch.save((losses, gradients if case[3] is ALL else {}), f"{folder}/{i}.pth")
+            torch.save((losses, gradients if following is ALL else {}), f"{folder}/{i}.pth")
         del gradients
         gc.collect()  # the trainer
 
@@ -83,7 +94,7 @@ def save_all(cfgs, folder):
 def save_all_of_a_process(cfgs, folder):
     gc.freeze()  # what is imported, as tests/conftest.py does it
     torch.set_num_threads(1)
-    register_coco_format(cfgs[0].DATASETS.COCO_FORMAT)
+    register_coco_format(next(iter(cfgs.values())).DATASETS.COCO_FORMAT)
     save_all(cfgs, folder)
 
 
@@ -103,29 +114,40 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def load_results(make_method_cfg, folders):
-    """Returns a function that loads the results of a case, of two processes and of one. All are
-    computed first, those of the two processes in one launch."""
+    """Returns a function that loads the results of a case, of two processes and of one. With it are
+    computed all that are as long, those of the two processes in one launch."""
     two, one = folders
-    if not any(one.iterdir()):
-        cfgs = [
-            make_method_cfg(
-                method,
-                detector,
-                *("SOLVER.IMS_PER_BATCH", "4", "DATALOADER.ASPECT_RATIO_GROUPING", "False"),
-                *("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "GN"),
-                # So that the sum of class probabilities in a process, GFL's normaliser of boxes, is
-                # not below its minimum of 1.
-                *("MODEL.GFL.PRIOR_PROB", "0.5"),
-                *more,
-            )
-            for method, detector, _, _, more in CASES
-        ]
-        launch(save_all_of_a_process, 2, dist_url="auto", args=(cfgs, str(two)))
-        save_all(cfgs, one)
-    return lambda case: [torch.load(f / f"{case}.pth", weights_only=True) for f in folders]
+
+    def load(case):
+        if not (one / f"{case}.pth").exists():
+            cfgs = {
+                i: make_method_cfg(
+                    method,
+                    detector,
+                    *("SOLVER.IMS_PER_BATCH", "4", "DATALOADER.ASPECT_RATIO_GROUPING", "False"),
+                    *("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "GN"),
+                    # So that the sum of class probabilities in a process, GFL's normaliser of
+                    # boxes, is not below its minimum of 1.
+                    *("MODEL.GFL.PRIOR_PROB", "0.5"),
+                    *more,
+                )
+                for i, (method, detector, _, _, more) in enumerate(CASES)
+                if is_long(i) == is_long(case)
+            }
+            launch(save_all_of_a_process, 2, dist_url="auto", args=(cfgs, str(two)))
+            save_all(cfgs, one)
+        return [torch.load(f / f"{case}.pth", weights_only=True) for f in folders]
+
+    return load
 
 
-@pytest.mark.parametrize("case", range(len(CASES)), ids=NAMES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(i, id=NAMES[i], marks=pytest.mark.long if is_long(i) else ())
+        for i in range(len(CASES))
+    ],
+)
 def test_two_processes_follow_one(case, load_results):
     following = CASES[case][3]
     (losses, gradients), (expected_losses, expected_gradients) = load_results(case)
