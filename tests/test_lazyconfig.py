@@ -245,11 +245,12 @@ def test_crosskd(train, tiny_config, tmp_path, config, main):
 
 
 def test_labelenc_of_vitdet(train):
-    """Both steps, with label maps of masks."""
+    """Both steps, with label maps of masks, and an optimizer that keeps its betas as they come."""
     name, method = "mask_rcnn_ViT_B_labelenc", "model.methods.0"
     step1 = train(f"{name}_step1", f"{method}.warmup_iters=1")
     file = f"{method}.step1_file={step1 / 'label_encoder.pth'}"
-    step2 = train(f"{name}_step2", file, f"{method}.cutoff_iters=2")
+    optimizer = "optimizer._target_=torch.optim.NAdam"
+    step2 = train(f"{name}_step2", file, f"{method}.cutoff_iters=2", optimizer)
     for output, expected in ((step1, [False, True, True]), (step2, [True, True, False])):
         distances = [losses["loss_distance"] for losses in metrics_of(output).values()]  # medians
         assert [distance > 0 for distance in distances] == expected

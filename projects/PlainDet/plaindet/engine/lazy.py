@@ -22,7 +22,7 @@ from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.registry import _convert_target_to_string, locate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from plaindet.config import add_method_configs, add_plaindet_config
@@ -252,7 +252,11 @@ class LazyTrainer(PlainTrainer):
         factor = node.params.get("lr_factor_func")
         if factor is not None:
             node.params.lr_factor_func = partial(detector_lr_factor, factor=factor)
-        return instantiate(node)
+        optimizer = instantiate(node)
+        for group in optimizer.param_groups:
+            # Such as NAdam's betas. Checkpoints have them, and are read as tensors and lists alone.
+            group.update({k: list(x) for k, x in group.items() if isinstance(x, ListConfig)})
+        return optimizer
 
     def build_lr_scheduler(self, cfg: CfgNode, optimizer):
         return LRMultiplier(optimizer, instantiate(self.config.lr_multiplier), cfg.SOLVER.MAX_ITER)
