@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-FILES = [f"tools/{name}" for name in ("install.sh", "wheels.sh", "requirements.py")]
-FILES += ["tools/requirements.txt", "setup.cfg"]
+FILES = ["install.sh", "wheels.sh", "requirements.py", "constraints.py", "requirements.txt"]
+FILES = [*(f"tools/{name}" for name in FILES), "constraints.txt", "setup.cfg"]
 WHEEL = "sal_detectron2-0.7.2-cp310-none-any.whl"
 # The script expects the hash of the real wheel.
 CONTENT = b"a wheel"
@@ -115,12 +115,26 @@ def test_filling_the_folder(install, tmp_path):
     wheels += [f"{name}-1.0-py3-none-any.whl" for name in ("hydra_core", "setuptools")]
     for name in wheels:
         (tmp_path / "wheels" / name).touch()
-    output, calls = install(True, "wheels", "3.12", *has, script="wheels")
+    (tmp_path / "tmp").mkdir()
+    options = {"script": "wheels", "TMPDIR": str(tmp_path / "tmp")}
+    output, calls = install(True, "wheels", "3.12", *has, **options)
     left = {path.name for path in (tmp_path / "wheels").iterdir()}
     assert left == {wheels[1], wheels[4], WHEEL}
     assert output.startswith("3 wheels for Python 3.12")
     download = calls[1]
     assert download[0] == "download"
     assert download[download.index("--python-version") + 1] == "3.12"
-    assert {"scipy", "tools/requirements.txt", "constraints.txt"} <= set(download)
+    assert {"scipy", "tools/requirements.txt"} <= set(download)
+    assert Path(download[download.index("-c") + 1]).parent == tmp_path / "tmp"
     assert not [name for call in calls for name in call if name.startswith("torch")]
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [("3.10", {"torch==2.6.0", "numpy==1.26.4"}), ("3.13", {"torch==2.14.1", "numpy==2.2.6"})],
+)
+def test_constraints_of_another_python(version, expected):
+    command = [sys.executable, str(REPOSITORY / "tools" / "constraints.py"), version]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")
+    assert {x for x in lines if x.startswith(("torch=", "numpy="))} == expected
+    assert "iopath<0.1.10" in lines

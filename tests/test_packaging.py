@@ -40,6 +40,20 @@ def test_what_is_imported_is_declared():
     assert {DISTRIBUTIONS.get(name, name) for name in imported} <= declared
 
 
+def test_the_oldest_versions_are_tested():
+    """With the oldest Python, see constraints.txt."""
+    extras = SETUP["options.extras_require"]
+    needed = [SETUP["options"]["install_requires"], *extras.values()]
+    oldest = dict(re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(needed), re.MULTILINE))
+    constraints = (REPOSITORY / "constraints.txt").read_text()
+    python = SETUP["options"]["python_requires"].removeprefix(">=3.")
+    marker = rf'; python_version < "3.{int(python) + 1}"'
+    tested = dict(re.findall(rf"^([\w-]+)==([\d.]+){marker}", constraints, re.MULTILINE))
+    assert oldest.keys() == tested.keys()
+    for name, version in oldest.items():
+        assert f"{tested[name]}.".startswith(f"{version}."), name
+
+
 def test_all_packages_are_declared():
     """A folder that setup.cfg does not name is in no wheel."""
     projects = REPOSITORY / "projects"

@@ -20,15 +20,18 @@ folder=$(cd "$1" && pwd)
 version=${2:-$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')}
 cd "$(dirname "$0")/.."
 pip() { "$PYTHON" -m pip "$@" --quiet --disable-pip-version-check; }
+constraints=$(mktemp)
+trap 'rm -f "$constraints"' EXIT
+"$PYTHON" tools/constraints.py "$version" > "$constraints"
 
 # The index has no wheels of these. They are of Python alone.
-pip wheel --no-deps -c constraints.txt -w "$folder" fvcore iopath antlr4-python3-runtime==4.9.3
+pip wheel --no-deps -c "$constraints" -w "$folder" fvcore iopath antlr4-python3-runtime==4.9.3
 # shellcheck disable=SC2046
-pip download --only-binary=:all: --python-version "$version" -c constraints.txt \
+pip download --only-binary=:all: --python-version "$version" -c "$constraints" \
     --find-links "$folder" -d "$folder" -r tools/requirements.txt \
     $("$PYTHON" tools/requirements.py | grep -v timm)
 # Without PyTorch, which it asks for; transformers has asked for the rest.
-pip download --no-deps -c constraints.txt -d "$folder" timm
+pip download --no-deps -c "$constraints" -d "$folder" timm
 # Tagged for CPython 3.10, see tools/install.sh.
 pip download --no-deps --only-binary=:all: --python-version 3.10 -d "$folder" sal-detectron2==0.7.2
 
