@@ -100,7 +100,7 @@ def evaluate(cfg: CfgNode, lazy: DictConfig | None, resume: bool) -> dict:
     check_num_classes(model, cfg.DATASETS.TEST)
     checkpointer = PlainCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     resume = resume and checkpointer.has_checkpoint()
-    weights = checkpointer.get_checkpoint_file() if resume else cfg.MODEL.WEIGHTS
+    weights = checkpointer.newest_whole_checkpoint() if resume else cfg.MODEL.WEIGHTS
     if not weights:
         raise ValueError("MODEL.WEIGHTS is empty, expected the checkpoint to evaluate")
     checkpoint = CompleteCheckpointer(model).load(weights)

@@ -344,7 +344,7 @@ def test_own_trainer(run_python, workspace):
     assert {"model", "training_only"} <= checkpoint.keys()
 
     options[1] = options[1].replace("step1", "step2")
-    options += ["MODEL.LABELENC.STEP1_FILE", str(whole / "label_encoder.pth")]
+    options += ["MODEL.LABELENC.STEP1_FILE", str(whole / "label_encoder.pth"), "SEED", "-1"]
     run_python(code, *options, "OUTPUT_DIR", "output/step2")
     log = (workspace / "output" / "step2" / "log.txt").read_text()
     assert "Skip" not in log

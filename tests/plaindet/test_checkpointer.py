@@ -1,7 +1,9 @@
 """Checkpoints that are whole or not there."""
 
 import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -89,7 +91,7 @@ def test_later_checkpoints_of_another_run_are_no_fallback(checkpointer, tmp_path
 def test_all_damaged(checkpointer, tmp_path):
     for path in tmp_path.glob("*.pth"):
         cut_off(path)
-    with pytest.raises(ValueError, match=r"No checkpoint in .* is whole: .*model_0000001.pth"):
+    with pytest.raises(ValueError, match=r"No checkpoint in .* can be resumed from: .*0000001.pth"):
         resume(checkpointer)
 
 
@@ -110,6 +112,48 @@ def test_failed_write_leaves_the_file_before(tmp_path):
     write_atomically(str(path), lambda f: f.write(b"new"))
     assert path.read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["file"]
+
+
+class State:
+    """Of a hook or a schedule."""
+
+    def __init__(self, **values):
+        self.values = values
+
+    def state_dict(self):
+        return self.values
+
+    def load_state_dict(self, values):
+        self.values = values
+
+
+def test_numbers_of_numpy(tmp_path, caplog):
+    """Such as the learning rate of a schedule that is computed with NumPy."""
+    states = {"schedule": State(lr=[np.float64(0.1)], counts={np.int64(3): (np.float32(2),)})}
+    checkpointer = PlainCheckpointer(nn.Linear(1, 1), str(tmp_path), **states)
+    checkpointer.save("model_0000001", iteration=np.int64(1))
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 1
+    assert states["schedule"].values == {"lr": [0.1], "counts": {3: (2.0,)}}
+    assert not caplog.text
+
+
+def test_state_that_cannot_be_read(tmp_path, caplog):
+    state = State(path=Path("somewhere"), sizes=torch.Size([1]), on=torch.device("cpu"))
+    checkpointer = PlainCheckpointer(nn.Linear(1, 1), str(tmp_path), hook=state)
+    for iteration in (1, 2):
+        checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+    assert caplog.text.count("This run cannot be resumed") == 1
+    assert ": hook.path (PosixPath). Let" in caplog.text
+    with pytest.raises(ValueError, match=r"can be resumed from: .*holds more than tensors"):
+        checkpointer.resume_or_load("", resume=True)
+    state.values.pop("path")
+    checkpointer.save("model_0000003", iteration=3)
+    assert resume_state(checkpointer) == {"sizes": torch.Size([1]), "on": torch.device("cpu")}
+
+
+def resume_state(checkpointer):
+    checkpointer.resume_or_load("", resume=True)
+    return checkpointer.checkpointables["hook"].values
 
 
 def test_content_is_detectron2s(checkpointer, tmp_path):

@@ -133,13 +133,29 @@ def test_what_is_missing_is_said_first(make_cfg, monkeypatch, overrides, error, 
         PlainTrainer(make_cfg(CONFIG, *overrides))
 
 
-def test_evaluator_type(make_cfg):
+def test_evaluator_type(make_cfg, monkeypatch):
+    """One without evaluator is refused before the model is built, unless the trainer has one."""
     cfg = make_cfg(CONFIG)
     assert isinstance(build_evaluator(cfg, "tiny_val"), COCOEvaluator)
-    MetadataCatalog.get("odd").evaluator_type = "cityscapes_sem_seg"
-    with pytest.raises(ValueError, match="odd has evaluator_type 'cityscapes_sem_seg', expected"):
-        build_evaluator(cfg, "odd")
-    MetadataCatalog.remove("odd")
+
+    class Built(Exception):
+        pass
+
+    class OwnEvaluator(PlainTrainer):
+        @classmethod
+        def build_evaluator(cls, cfg, dataset_name):
+            return COCOEvaluator(dataset_name)
+
+    def build_model(*_):
+        raise Built
+
+    monkeypatch.setattr(PlainTrainer, "build_model", build_model)
+    metadata = MetadataCatalog.get("tiny_val")
+    monkeypatch.setitem(metadata.__dict__, "evaluator_type", "cityscapes_sem_seg")
+    with pytest.raises(ValueError, match="tiny_val has evaluator_type 'cityscapes_sem_seg', exp"):
+        PlainTrainer(cfg)
+    with pytest.raises(Built):
+        OwnEvaluator(cfg)
 
 
 def test_plain_config_keeps_the_keys_of_plaindet_s_builders(make_cfg):

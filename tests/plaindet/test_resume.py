@@ -1,6 +1,7 @@
 """An interrupted and resumed run ends as the uninterrupted one, bit for bit."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from detectron2.utils import comm
 from resumed_runs import assert_equal, final_checkpoint, in_folder, start
 
 from plaindet.data import register_coco_format
-from plaindet.engine import BestCheckpointer, PlainTrainer, ending_process_group
+from plaindet.engine import BestCheckpointer, ExactResume, PlainTrainer, ending_process_group
+from plaindet.seeding import seed_everything
 
 CONFIG = "quick/retinanet_R_18_baseline.yaml"
 
@@ -74,6 +76,20 @@ def test_two_interruptions_without_a_seed(make_cfg):
     assert start(resumed, interrupt_at=3, resume=True).cfg.SEED == first.cfg.SEED >= 0
     start(resumed, resume=True)
     assert_equal(final_checkpoint(resumed), final_checkpoint(whole))
+
+
+def test_another_seed_in_a_trainer_of_ones_own(caplog):
+    """One that cannot build its data loader anew: the random numbers are the interrupted run's."""
+    trainer = SimpleNamespace(iter=3, data_loader=[], cfg=SimpleNamespace(SEED=-1))
+    hook = ExactResume(torch.nn.Linear(1, 1), checkpoint_period=1)
+    hook.trainer = trainer
+    hook.load_state_dict({"seed": 7, "stream": {}, "loss_normalizers": []})
+    assert "built with SEED -1: set SEED 7" in caplog.text
+    hook.before_step()
+    found = torch.rand(3)
+    seed_everything(7, 3)
+    assert torch.equal(found, torch.rand(3))
+    assert hook.state_dict()["seed"] == 7
 
 
 def test_best_metric(make_cfg):

@@ -57,14 +57,25 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         ValueError: there is no evaluator for this type.
     """
     output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
-    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+    evaluator_type = find_evaluator_type(dataset_name)
     if evaluator_type == "coco":
         return PlainCOCOEvaluator(dataset_name, output_dir=output_dir)
     if evaluator_type == "lvis":
         return LVISEvaluator(dataset_name, output_dir=output_dir)
-    if evaluator_type == "pascal_voc":
-        return PascalVOCDetectionEvaluator(dataset_name)
-    raise ValueError(
-        f"The data set {dataset_name} has evaluator_type {evaluator_type!r}, expected coco, lvis "
-        "or pascal_voc"
-    )
+    return PascalVOCDetectionEvaluator(dataset_name)
+
+
+def find_evaluator_type(dataset_name: str) -> str:
+    """The `evaluator_type` of a data set.
+
+    Raises:
+        ValueError: there is no evaluator for it.
+    """
+    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+    if evaluator_type not in ("coco", "lvis", "pascal_voc"):
+        raise ValueError(
+            f"The data set {dataset_name} has evaluator_type {evaluator_type!r}, expected coco, "
+            "lvis or pascal_voc: override build_evaluator of the trainer, or leave the data set "
+            "out of DATASETS.TEST"
+        )
+    return evaluator_type

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
+from inspect import getattr_static
 
 import torch
 from detectron2.config import CfgNode
@@ -38,7 +39,7 @@ from .build import build_task, training_methods
 from .checkpoints import ExactResume, PlainCheckpointer
 from .checkpoints.training_only import NAME as TRAINING_ONLY
 from .checks import check_datasets, check_device, check_equal_classes, check_num_classes
-from .evaluation import build_evaluator
+from .evaluation import build_evaluator, find_evaluator_type
 from .finite import FiniteLosses
 from .idle import IdleGradients
 from .method import method_class
@@ -48,6 +49,9 @@ from .preemption import Preemption
 from .task import TrainingTask
 
 logger = logging.getLogger(__name__)
+
+# What a trainer that evaluates in another way overrides.
+_EVALUATION = ("test", "build_evaluator")
 
 
 class PlainTrainer(DefaultTrainer):
@@ -77,6 +81,9 @@ class PlainTrainer(DefaultTrainer):
         check_device(cfg)
         check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
         check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
+        if all(getattr_static(type(self), x) is vars(PlainTrainer)[x] for x in _EVALUATION):
+            for name in cfg.DATASETS.TEST:
+                find_evaluator_type(name)
         dataset_names = list(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
         validate_datasets(cfg, dataset_names)
         check_equal_classes(dataset_names)

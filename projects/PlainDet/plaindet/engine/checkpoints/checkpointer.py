@@ -7,8 +7,11 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from detectron2.utils import comm
 from torch import nn
@@ -22,6 +25,10 @@ from plaindet.modeling.class_names import ENTRY as CLASSES
 from .same_run import check_same_model
 
 logger = logging.getLogger(__name__)
+
+# What `load_tensors` takes besides tensors, lists and dicts.
+_READABLE = (int, float, complex, bool, str, bytes, type(None), torch.Size, torch.dtype)
+_READABLE += (torch.device,)
 
 
 class PlainCheckpointer(SafeCheckpointer):
@@ -56,6 +63,7 @@ class PlainCheckpointer(SafeCheckpointer):
         # Called right before a checkpoint is written, in the process that writes it.
         self.before_save = []
         self._resumed_file = None
+        self._warned = False
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
         """Resumes from the newest whole checkpoint, or loads weights, as Detectron2's.
@@ -96,7 +104,9 @@ class PlainCheckpointer(SafeCheckpointer):
         for write_file in self.before_save:
             write_file()
         states = {key: value.state_dict() for key, value in self.checkpointables.items()}
-        data = {"model": self.model.state_dict(), **states, **kwargs}
+        states = _python_numbers({**states, **kwargs})
+        self._warn_of_others(states)
+        data = {"model": self.model.state_dict(), **states}
         if self.class_names is not None:
             data[CLASSES] = list(self.class_names)
         if self.model_config is not None:
@@ -105,6 +115,16 @@ class PlainCheckpointer(SafeCheckpointer):
         logger.info(f"Saving checkpoint to {path}")
         write_atomically(path, lambda f: torch.save(data, f))
         self.tag_last_checkpoint(os.path.basename(path))
+
+    def _warn_of_others(self, states: dict) -> None:
+        others = [] if self._warned else list(_unreadable(states))
+        if others:
+            self._warned = True
+            logger.warning(
+                "This run cannot be resumed: its checkpoints hold more than tensors, numbers, "
+                f"texts, lists and dicts, which are all that is read of a file: {some_of(others)}. "
+                "Let the state_dict() of that hook, schedule or optimizer return them alone"
+            )
 
     def check_finite(self) -> None:
         """Checks all weights that a checkpoint would have.
@@ -150,7 +170,7 @@ class PlainCheckpointer(SafeCheckpointer):
                     logger.warning(f"{name} is damaged ({reason}): resuming from {path} instead")
                 return path
             damages[path] = damage
-        raise ValueError(f"No checkpoint in {self.save_dir} is whole: {damages}")
+        raise ValueError(f"No checkpoint in {self.save_dir} can be resumed from: {damages}")
 
     def _older_checkpoints(self, tagged: str) -> list[str]:
         """The periodic checkpoints of earlier iterations, newest first."""
@@ -163,6 +183,30 @@ class PlainCheckpointer(SafeCheckpointer):
             if iteration is not None and (newest is None or iteration < newest)
         ]
         return sorted(older, key=iterations.get, reverse=True)
+
+
+def _python_numbers(x: Any) -> Any:
+    """The same with Python's numbers in the place of NumPy's scalars, such as a learning rate that
+    a schedule has computed with NumPy: `load_tensors` refuses these."""
+    if isinstance(x, np.generic):
+        return x.item()
+    if type(x) in (dict, OrderedDict):
+        return type(x)((_python_numbers(k), _python_numbers(v)) for k, v in x.items())
+    if type(x) in (list, tuple):
+        return type(x)(map(_python_numbers, x))
+    return x
+
+
+def _unreadable(x: Any, name: str = "") -> Iterator[str]:
+    """What `load_tensors` refuses, as names of entries with the types there."""
+    if type(x) in (dict, OrderedDict):
+        for key, value in x.items():
+            yield from _unreadable(value, f"{name}.{key}".removeprefix("."))
+    elif type(x) in (list, tuple, set):
+        for value in x:
+            yield from _unreadable(value, name)
+    elif not isinstance(x, torch.Tensor) and type(x) not in _READABLE:
+        yield f"{name} ({type(x).__name__})"
 
 
 def _iteration(path: str) -> int | None:

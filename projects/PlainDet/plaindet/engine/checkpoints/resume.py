@@ -40,8 +40,16 @@ class ExactResume(HookBase):
         self.checkpoint_period = checkpoint_period
         self._loss_normalizers = []
         self._torchscript = ExitStack()
+        # Where it is not the config's.
+        self._seed = None
+
+    @property
+    def seed(self) -> int:
+        return self.trainer.cfg.SEED if self._seed is None else self._seed
 
     def before_train(self):
+        if self.seed < 0:  # PlainTrainer has drawn one; other trainers may not have
+            self._seed = comm.shared_random_seed()
         on_cpu = next(self.model.parameters()).device.type == "cpu"
         repeatable = on_cpu or torch.are_deterministic_algorithms_enabled()
         self._torchscript.enter_context(torch.jit.optimized_execution(not repeatable))
@@ -58,7 +66,7 @@ class ExactResume(HookBase):
         self._torchscript.close()
 
     def before_step(self):
-        seed_everything(self.trainer.cfg.SEED, self.trainer.iter, comm.get_rank())
+        seed_everything(self.seed, self.trainer.iter, comm.get_rank())
 
     def after_step(self):
         done = self.trainer.iter + 1
@@ -77,7 +85,7 @@ class ExactResume(HookBase):
             self.collect()
         stream = self.trainer.data_loader
         return {
-            "seed": self.trainer.cfg.SEED,
+            "seed": self.seed,
             "stream": stream.layout() if isinstance(stream, TrainStream) else {},
             "loss_normalizers": self._loss_normalizers,
         }
@@ -85,7 +93,15 @@ class ExactResume(HookBase):
     def load_state_dict(self, state):
         if state["seed"] != self.trainer.cfg.SEED:
             logger.info(f"Continuing with the random seed {state['seed']} of the interrupted run")
-            self.trainer.set_seed(state["seed"])
+            if hasattr(self.trainer, "set_seed"):
+                self.trainer.set_seed(state["seed"])
+            else:
+                self._seed = state["seed"]
+                logger.warning(
+                    "The run continues with other images than it would have without the "
+                    "interruption, since the data loader was built with SEED "
+                    f"{self.trainer.cfg.SEED}: set SEED {state['seed']}"
+                )
         normalizers = state["loss_normalizers"]
         if normalizers and normalizers[0] is not None:
             # With another number of processes, one of another process is better than none.
