@@ -11,7 +11,6 @@ from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures.boxes import Boxes, matched_pairwise_iou
 from torch import nn
-from torch.nn import functional as F
 
 from .anchor_center import AnchorCenterDetector
 from .losses import quality_focal_loss
@@ -100,9 +99,9 @@ class DistributionTransform(Box2BoxTransformLinear):
         """
         probabilities = deltas.float().unflatten(-1, (4, self.reg_max + 1)).softmax(dim=-1)
         bins = torch.arange(self.reg_max + 1, dtype=torch.float32, device=deltas.device)
-        # Not as a sum, which onnxruntime up to 1.27 computes wrongly where there are no boxes.
-        with torch.autocast(deltas.device.type, enabled=False):
-            distances = F.linear(probabilities, bins[None]).squeeze(-1)
+        distances = (probabilities * bins).sum(dim=-1)
+        # Where there are no boxes, onnxruntime up to 1.27 leaves the dimension that is summed over.
+        distances = distances.reshape(boxes.shape)
         return super().apply_deltas(distances / self.anchor_scale, boxes)
 
 
