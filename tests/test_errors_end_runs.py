@@ -151,7 +151,9 @@ def test_error(tiny_data, tmp_path, kind, num_workers, num_processes, request):
     run = Run(config, overrides, num_processes, tmp_path / "log", **popen)
     try:
         if kind == "interrupt":
-            run.wait_for("iter: ", output)
+            # Not right after the first line, when TensorBoard is imported, which takes it for a
+            # failed import.
+            run.wait_for("iter: 39", output)
             # Of several processes to the launcher alone, as `kill -INT` sends it.
             os.kill(run.process.pid, signal.SIGINT)
         elif kind == "killed worker":

@@ -61,7 +61,7 @@ def test_features_are_timms(name, tmp_path):
     torch.save(
         {"state_dict": {f"module.{k}": v for k, v in whole.state_dict().items()}}, tmp_path / "w"
     )
-    options = {"dynamic_img_size": True} if "swin" in name else {}
+    options = {"strict_img_size": False} if "swin" in name else {}
     state = {"state_dict": whole.state_dict()}
     theirs = timm.create_model(
         name, features_only=True, pretrained=True, pretrained_cfg_overlay=state, **options
