@@ -404,6 +404,13 @@ def test_single_run_that_cannot_be(make_cfg, overrides):
         LabelEncTrainer(make_cfg(STEP1, *SINGLE_RUN, *overrides))
 
 
+def test_single_run_whose_cutoff_is_in_step1(make_cfg):
+    """Which still needs its label maps."""
+    cfg = make_cfg(STEP1, *SINGLE_RUN, "MODEL.LABELENC.CUTOFF_ITERS", "4")
+    with pytest.raises(ValueError, match=r"CUTOFF_ITERS is 4, .* at iteration 2, .* less than 3"):
+        LabelEncTrainer(cfg)
+
+
 @pytest.mark.parametrize(("step", "key"), [(1, "WARMUP_ITERS"), (2, "CUTOFF_ITERS")])
 @pytest.mark.parametrize(("iterations", "is_warned"), [(2, True), (1, False)])
 def test_phase_as_long_as_the_run_is_warned_of(make_cfg, caplog, step, key, iterations, is_warned):

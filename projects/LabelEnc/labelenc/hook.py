@@ -81,7 +81,8 @@ class LabelEncHook(IdleGradients):
     def after_step(self):
         done = self.trainer.iter + 1
         is_due = done % self.period == 0 or done == self.trainer.max_iter
-        if is_due and self.step1_file and comm.is_main_process():
+        is_step1 = self.labelenc.step == 1  # a single run keeps what its step 1 ended with
+        if is_due and is_step1 and self.step1_file and comm.is_main_process():
             save_step1_file(self.labelenc, self.step1_file, self.class_names)
 
 
@@ -96,7 +97,8 @@ def build_labelenc_hook(
         label_maps: of the training data, which then end with the cut-off.
 
     Raises:
-        ValueError: STEP1_ITERS is not a part of step 1 that trains the image branch.
+        ValueError: STEP1_ITERS is not a part of step 1 that trains the image branch, or step 2
+            would begin behind the cut-off.
     """
     method, labelenc, max_iter = labelenc_of(task), cfg.MODEL.LABELENC, cfg.SOLVER.MAX_ITER
     start, stop, step1_file, step2_start = 0, max_iter, "", None
@@ -116,6 +118,12 @@ def build_labelenc_hook(
         stop -= labelenc.CUTOFF_ITERS
         if labelenc.LAMBDA == 0:
             stop = step2_start or 0
+        if step2_start is not None and stop < step2_start:
+            raise ValueError(
+                f"MODEL.LABELENC.CUTOFF_ITERS is {labelenc.CUTOFF_ITERS}, so that the cut-off "
+                f"begins at iteration {stop}, before step 2 (STEP1_ITERS {step2_start}). Expected "
+                f"less than {max_iter - step2_start}, what SOLVER.MAX_ITER leaves for step 2"
+            )
     else:
         label_maps = None
     first = start if step2_start is None else min(start, step2_start)
