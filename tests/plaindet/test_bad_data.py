@@ -305,6 +305,26 @@ CASES = {
         HANDLED,
         *BITMASKS,
     ),
+    "polygon of a box of height 0": (
+        annotation(bbox=[40, 40, 0, 5], segmentation=[[40, 40, 40, 45]]),
+        HANDLED,
+        *MASKS,
+    ),
+    "the same for bitmasks": (
+        annotation(bbox=[40, 40, 0, 5], segmentation=[[40, 40, 40, 45]]),
+        HANDLED,
+        *BITMASKS,
+    ),
+    "run lengths of a box without area": (
+        annotation(bbox=[40, 40, 0, 0], segmentation=rle(64, 80)),
+        HANDLED,
+        *MASKS,
+    ),
+    "no mask of a box without area": (
+        annotation(bbox=[40, 40, 0, 0], segmentation=[]),
+        HANDLED,
+        *MASKS,
+    ),
     "image twice": (edit(lambda content: content["images"].append(content["images"][0])), HANDLED),
     # clipped
     "box partly outside": (annotation(bbox=[70, 50, 30, 30]), HANDLED),

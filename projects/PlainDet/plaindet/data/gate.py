@@ -22,7 +22,7 @@ from detectron2.utils import comm
 
 from .coco_json import read_coco_json
 from .images import check_image_headers
-from .records import check_records
+from .records import check_records, has_area
 
 
 def validate_datasets(cfg: CfgNode, dataset_names: Sequence[str]) -> None:
@@ -101,6 +101,10 @@ def training_records(cfg: CfgNode) -> list[dict] | None:
     if cfg.MODEL.KEYPOINT_ON:
         minimum = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
         records = filter_images_with_few_keypoints(records, minimum) if minimum else records
+    if cfg.MODEL.MASK_ON:
+        # Detectron2's mapper leaves out boxes without an area after it has read all masks, and
+        # those of such boxes are often none.
+        records = [_with_area_alone(record) for record in records]
     if not records:
         raise ValueError(
             f"No image of {', '.join(names)} has an annotation that is no crowd, and "
@@ -111,6 +115,12 @@ def training_records(cfg: CfgNode) -> list[dict] | None:
         check_metadata_consistency("thing_classes", names)
         print_instances_class_histogram(records, classes)
     return records
+
+
+def _with_area_alone(record: dict) -> dict:
+    size = (record.get("height"), record.get("width"))
+    kept = [x for x in record.get("annotations", ()) if has_area(x, size)]
+    return {**record, "annotations": kept}
 
 
 def _read(cfg: CfgNode, name: str):

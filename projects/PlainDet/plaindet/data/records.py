@@ -62,7 +62,7 @@ def check_records(
                 problems.append(f"{where(file, i, annotation)}: {problem}")
             elif not annotation.get("iscrowd", 0):
                 boxes.add(annotation, size)
-                if not _has_area(annotation, size):
+                if not has_area(annotation, size):
                     without_area.append(f"{where(file, i, annotation)}: {annotation['bbox']}")
     if problems:
         raise ValueError(
@@ -167,7 +167,7 @@ def _problem(annotation, size, num_classes, mask_format) -> str | None:
         return f"category_id is {category!r}, expected an integer from 0"
     if num_classes is not None and category >= num_classes:
         return f"category_id is {category}, but there are {num_classes} classes, from 0"
-    if mask_format is not None and _has_area(annotation, size):
+    if mask_format is not None and has_area(annotation, size):
         return _mask_problem(annotation.get("segmentation"), _corners(box, mode), size, mask_format)
     return None
 
@@ -187,18 +187,19 @@ def _mask_problem(mask, corners, size, mask_format) -> str | None:
         if min(x) > x1 or max(x) < x0 or min(y) > y1 or max(y) < y0:
             return f"the mask is outside its box {corners} (x0, y0, x1, y1)"
         return None
+    if isinstance(mask, np.ndarray):  # which the augmentations of Detectron2's mapper do not take
+        return "the mask is an array: encode it with pycocotools, as run lengths"
     if mask_format == "polygon":
         return "the mask is no polygon: set INPUT.MASK_FORMAT bitmask"
-    mask_size = tuple(mask["size"]) if isinstance(mask, dict) else mask.shape
+    mask_size = tuple(mask["size"])
     if None not in size and mask_size != size:
         return f"the mask has the size {mask_size}, the image {size} (height, width)"
-    if isinstance(mask, dict):
-        if isinstance(mask["counts"], list):
-            return "the mask's run lengths are a list: compress them with pycocotools' frPyObjects"
-        x, y, width, height = run_lengths.toBbox(mask)
-        is_outside = x > x1 + 1 or x + width < x0 - 1 or y > y1 + 1 or y + height < y0 - 1
-        if is_outside and width > 0:  # an empty one is left out, as a box without an area
-            return f"the mask is outside its box {corners} (x0, y0, x1, y1)"
+    if isinstance(mask["counts"], list):
+        return "the mask's run lengths are a list: compress them with pycocotools' frPyObjects"
+    x, y, width, height = run_lengths.toBbox(mask)
+    is_outside = x > x1 + 1 or x + width < x0 - 1 or y > y1 + 1 or y + height < y0 - 1
+    if is_outside and width > 0:  # an empty one is left out, as a box without an area
+        return f"the mask is outside its box {corners} (x0, y0, x1, y1)"
     return None
 
 
@@ -219,7 +220,9 @@ def segmentation_problem(mask) -> str | None:
     return None
 
 
-def _has_area(annotation: dict, size: tuple) -> bool:
+def has_area(annotation: dict, size: tuple) -> bool:
+    """Whether the box of an annotation has an area inside its image of (height, width), where they
+    are known; True for crowds."""
     if annotation.get("iscrowd", 0):
         return True
     x0, y0, x1, y1 = _corners(annotation["bbox"], annotation["bbox_mode"])
