@@ -82,6 +82,7 @@ class PlainTrainer(DefaultTrainer):
         check_equal_classes(dataset_names)
         model = self.build_model(cfg)
         self.task = model if isinstance(model, TrainingTask) else TrainingTask(model)
+        _check_methods(cfg, self.task)
         check_num_classes(self.plain_model, dataset_names)
         optimizer = self.build_optimizer(cfg, self.task)
         self.mapper = self.build_train_mapper(cfg)
@@ -269,6 +270,19 @@ class PlainTrainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         return build_evaluator(cfg, dataset_name)
+
+
+def _check_methods(cfg: CfgNode, task: TrainingTask) -> None:
+    """A build_model as DefaultTrainer's returns a plain detector, which would train without the
+    methods of the config."""
+    names = training_methods(cfg)
+    lacking = [name for name in names if name not in task.training_only]
+    if lacking:
+        raise ValueError(
+            f"MODEL.TRAINING_METHODS of {cfg.MODEL.META_ARCHITECTURE} names {names}, but what "
+            f"build_model returned would train without {lacking}: return "
+            "plaindet.engine.build_task(cfg) or TrainingTask(model, methods)"
+        )
 
 
 def _inner_trainer(cfg: CfgNode, *arguments) -> SimpleTrainer:
