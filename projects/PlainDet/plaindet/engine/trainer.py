@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import weakref
@@ -86,7 +87,7 @@ class PlainTrainer(DefaultTrainer):
         check_num_classes(self.plain_model, dataset_names)
         optimizer = self.build_optimizer(cfg, self.task)
         self.mapper = self.build_train_mapper(cfg)
-        data_loader = self.build_train_loader(cfg, self.mapper)
+        data_loader = self._train_loader(cfg)
 
         on_cpu = next(self.task.parameters()).device.type == "cpu"
         ddp_arguments = {**self.ddp_arguments(), **({"device_ids": None} if on_cpu else {})}
@@ -195,7 +196,13 @@ class PlainTrainer(DefaultTrainer):
     def set_seed(self, seed: int) -> None:
         """Everything random in the run follows `seed` from here on."""
         self.cfg = _with_seed(self.cfg, seed)
-        self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg, self.mapper))
+        self._trainer.reset_data_loader(lambda: self._train_loader(self.cfg))
+
+    def _train_loader(self, cfg: CfgNode):
+        # An override of Detectron2's signature takes no mapper, and builds one itself.
+        parameters = inspect.signature(self.build_train_loader).parameters.values()
+        takes_mapper = any(x.name == "mapper" or x.kind is x.VAR_KEYWORD for x in parameters)
+        return self.build_train_loader(cfg, **({"mapper": self.mapper} if takes_mapper else {}))
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
