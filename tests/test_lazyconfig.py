@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import SimpleTrainer, default_argument_parser, hooks
 from detectron2.evaluation import inference_on_dataset
@@ -319,6 +320,35 @@ def test_learning_rates_of_vit(tiny_config):
         rates.append([rate_of[id(x)] for x in detector.parameters()])
     assert rates[0] == rates[1]
     assert len(set(rates[0])) > 4
+
+
+class RateOfBackbone:
+    """By the names of a detector, with a setting."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def __call__(self, name):
+        return self.rate if name.startswith("backbone.") else 1.0
+
+
+def test_learning_rates_of_a_lazy_call(tiny_config, tmp_path):
+    """Such a factor is made first, here as by Detectron2 from the config of the plain detector."""
+    config = LazyConfig.load(str(tiny_config("retinanet_R_50_FPN_1x")))
+    config.optimizer.params.lr_factor_func = L(RateOfBackbone)(rate=0.25)
+    task = TrainingTask(instantiate(config.model))
+    trainer = lazy.LazyTrainer.__new__(lazy.LazyTrainer)
+    trainer.config = config
+    LazyConfig.save(plain_lazy_config(config), str(tmp_path / "plain.yaml"))
+    plain = LazyConfig.load(str(tmp_path / "plain.yaml")).optimizer
+    plain.params.model = task.detector
+    optimizers = (trainer.build_optimizer(None, task), instantiate(plain))
+    for groups in (x.param_groups for x in optimizers):
+        rate_of = {id(x): group["lr"] for group in groups for x in group["params"]}
+        for name, x in task.detector.named_parameters():
+            if id(x) in rate_of and not name.endswith("bias"):
+                rate = config.optimizer.lr * (0.25 if name.startswith("backbone.") else 1)
+                assert rate_of[id(x)] == pytest.approx(rate), name
 
 
 def test_workers_of_the_test_loader(tiny_config, tmp_path, monkeypatch):

@@ -318,7 +318,7 @@ class LazyTrainer(PlainTrainer):
         node.params.model = model
         factor = node.params.get("lr_factor_func")
         if factor is not None:
-            node.params.lr_factor_func = partial(detector_lr_factor, factor=factor)
+            node.params.lr_factor_func = partial(detector_lr_factor, factor=instantiate(factor))
         optimizer = instantiate(node)
         for group in optimizer.param_groups:
             # Such as NAdam's betas. Checkpoints have them, and are read as tensors and lists alone.
