@@ -11,6 +11,7 @@ Exit codes: 0, done; 75, preempted by SIGTERM or SIGUSR1 with a checkpoint, go o
 1, an error; 2, wrong options.
 """
 
+import logging
 import os
 import warnings
 from contextlib import nullcontext
@@ -57,6 +58,8 @@ from plaindet.engine.lazy import evaluate_lazy, lazy_terms, plain_model, run_cfg
 from plaindet.modeling import check_class_names, without_pretrained_weights
 from plaindet.modeling.class_names import ENTRY as CLASSES
 
+logger = logging.getLogger("plaindet.train_net")
+
 
 def setup(args) -> tuple[CfgNode, DictConfig | None]:
     """The config of the command line, with its data sets registered. If it is a LazyConfig, its
@@ -72,6 +75,11 @@ def setup(args) -> tuple[CfgNode, DictConfig | None]:
     default_setup(cfg if lazy is None else lazy, args)
     for package in {"plaindet", *(method.__module__.split(".")[0] for _, method in METHODS)}:
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=package)
+    if cfg.TEST.AUG.ENABLED:
+        logger.warning(
+            "TEST.AUG.ENABLED is True, but nothing is evaluated with test-time augmentation here: "
+            "Detectron2's tools/train_net.py does so for R-CNNs, with the run's plain_config.yaml"
+        )
     return cfg, lazy
 
 

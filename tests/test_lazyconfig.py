@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import SimpleTrainer, default_argument_parser, hooks
 from detectron2.evaluation import inference_on_dataset
@@ -14,7 +15,7 @@ from detectron2.utils.events import JSONWriter
 
 import train_net
 from plaindet import get_config_file, read_config
-from plaindet.engine import TrainingTask, build_optimizer, build_task
+from plaindet.engine import TrainingTask, build_optimizer, build_task, lazy
 from plaindet.engine.lazy import plain_lazy_config
 
 # Of three iterations.
@@ -77,6 +78,7 @@ train.device, train.init_checkpoint, train.eval_period, train.seed = "cpu", "", 
 train.max_iter, train.checkpointer.period = 3, 2
 train.amp.enabled, train.log_period = False, 1
 dataloader.train.total_batch_size, dataloader.train.num_workers = 2, 0
+dataloader.test.num_workers = 0
 dataloader.train.dataset.names, dataloader.test.dataset.names = "tiny_train", "tiny_val"
 for _mapper in (dataloader.train.mapper, dataloader.test.mapper):
     for _augmentation in _mapper.augmentations:
@@ -204,7 +206,6 @@ def test_both_steps_and_resume(train):
     assert (step2 / "inference" / "coco_instances_results.json").exists()
     config = LazyConfig.load(str(step2 / "plain_lazyconfig.yaml"))
     config.dataloader.evaluator.output_dir = str(step2)
-    config.dataloader.test.num_workers = 0
     LazyConfig.save(config, str(step2 / "plain.yaml"))
     detectron2_script(
         default_argument_parser().parse_args(
@@ -321,6 +322,61 @@ def test_learning_rates_of_vit(tiny_config):
     assert len(set(rates[0])) > 4
 
 
+class RateOfBackbone:
+    """By the names of a detector, with a setting."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def __call__(self, name):
+        return self.rate if name.startswith("backbone.") else 1.0
+
+
+def test_learning_rates_of_a_lazy_call(tiny_config, tmp_path):
+    """Such a factor is made first, here as by Detectron2 from the config of the plain detector."""
+    config = LazyConfig.load(str(tiny_config("retinanet_R_50_FPN_1x")))
+    config.optimizer.params.lr_factor_func = L(RateOfBackbone)(rate=0.25)
+    task = TrainingTask(instantiate(config.model))
+    trainer = lazy.LazyTrainer.__new__(lazy.LazyTrainer)
+    trainer.config = config
+    LazyConfig.save(plain_lazy_config(config), str(tmp_path / "plain.yaml"))
+    plain = LazyConfig.load(str(tmp_path / "plain.yaml")).optimizer
+    plain.params.model = task.detector
+    optimizers = (trainer.build_optimizer(None, task), instantiate(plain))
+    for groups in (x.param_groups for x in optimizers):
+        rate_of = {id(x): group["lr"] for group in groups for x in group["params"]}
+        for name, x in task.detector.named_parameters():
+            if id(x) in rate_of and not name.endswith("bias"):
+                rate = config.optimizer.lr * (0.25 if name.startswith("backbone.") else 1)
+                assert rate_of[id(x)] == pytest.approx(rate), name
+
+
+def test_workers_of_the_test_loader(tiny_config, tmp_path, monkeypatch):
+    """Which are not those of the train loader."""
+    loaders = []
+    monkeypatch.setattr(lazy, "inference_on_dataset", lambda _, loader, __: loaders.append(loader))
+    monkeypatch.setattr(lazy, "print_csv_format", lambda _: None)
+    config = LazyConfig.load(str(tiny_config("retinanet_R_50_FPN_1x")))
+    config.train.output_dir = str(tmp_path)
+    config.dataloader.train.num_workers, config.dataloader.test.num_workers = 3, 1
+    lazy.evaluate_lazy(config, lazy.run_cfg(config), None)
+    assert loaders[0].num_workers == 1
+
+
+def test_ignored_keys_of_train(tiny_config, tmp_path, monkeypatch, caplog):
+    """Are named once, and none of a config of this project, whose keys are Detectron2's."""
+    monkeypatch.setattr(lazy.PlainTrainer, "__init__", lambda self, cfg: None)
+    config = LazyConfig.load(str(tiny_config("retinanet_R_50_FPN_1x")))
+    config.train.update({"cudnn_benchmark": True, "clip_grad": {"enabled": False}})
+    lazy.LazyTrainer(config)
+    assert not caplog.records
+    config.train.update({"fast_dev_run": {"enabled": True}, "vis_period": 5, "notes": ["a"]})
+    lazy.LazyTrainer(config)
+    (record,) = caplog.records
+    keys = "train.fast_dev_run, train.vis_period, train.notes"
+    assert record.message == f"Nothing reads {keys} of the LazyConfig"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -333,6 +389,18 @@ def test_learning_rates_of_vit(tiny_config):
             r"DATASETS.TRAIN names unknown.*DATASETS.TRAIN is dataloader.train.dataset.names",
         ),
         ("+dataloader.train.sampler.size=3", "dataloader.train.sampler: expected .*exactly"),
+        ("+dataloader.test.batch_size=2", "dataloader.test.batch_size: expected .* one by one"),
+        (
+            "dataloader.train._target_=torch.utils.data.DataLoader",
+            r"train is of torch.* expected L\(build_detection_train_loader\)",
+        ),
+        (
+            "dataloader.test._target_=torch.utils.data.DataLoader",
+            r"test is of torch.* expected L\(build_detection_test_loader\)",
+        ),
+        ("+train.clip_grad.enabled=True", "clip_grad is on, .*gradient_clipping"),
+        ("+train.model_ema.enabled=True", "model_ema is on, .*enabled to False"),
+        ("+train.checkpointer.file_prefix=x", r"file_prefix: expected \['max_to_keep', 'period'\]"),
         ("train.amp.enabled=True", "SOLVER.AMP.ENABLED is train.amp.enabled"),
         ("SOLVER.MAX_ITER", "key=value, found SOLVER.MAX_ITER"),
     ],

@@ -48,8 +48,11 @@ def test_both_steps_and_evaluation(tiny_data, tmp_path):
     # The step-2 config evaluates without the step-1 file, and the baseline's config evaluates too.
     options, detections = (*weights, "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"), []
     for config in ("retinanet_R_18_labelenc_step2.yaml", "retinanet_R_18_baseline.yaml"):
-        results = run(config, tiny_data, tmp_path / config, "--eval-only", *options)
+        augmented = ("TEST.AUG.ENABLED", str("baseline" in config))
+        results = run(config, tiny_data, tmp_path / config, "--eval-only", *options, *augmented)
         assert "AP" in results["bbox"]
+        log = (tmp_path / config / "log.txt").read_text()
+        assert ("WARNING: TEST.AUG.ENABLED is True, but" in log) == ("baseline" in config)
         path = tmp_path / config / "inference" / "coco_instances_results.json"
         detections.append(json.loads(path.read_text()))
     assert detections[0] == detections[1] != []

@@ -5,7 +5,11 @@ import sys
 
 import pytest
 import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
+from omegaconf import OmegaConf
 
 from plaindet import config, read_config
 from plaindet.engine import build_teacher, write_plain_config
@@ -84,3 +88,17 @@ def test_missing_project(monkeypatch):
     monkeypatch.setenv("PLAINDET_PROJECTS", "no_such_project")
     with pytest.raises(ImportError, match="PLAINDET_PROJECTS names no_such_project: No module"):
         read_config("configs/quick/retinanet_R_18_baseline.yaml")
+
+
+def test_lazy_config(tmp_path):
+    """As a run of a LazyConfig writes it, with tags or without."""
+    path = tmp_path / "plain_lazyconfig.yaml"
+    for shape in ({"channels": 4}, ShapeSpec(channels=4)):
+        model = L(torch.nn.Linear)(in_features=1, out_features=1, shape=shape)
+        LazyConfig.save(OmegaConf.create({"train": {}, "model": model}), str(path))
+        assert ("!!python" in path.read_text()) == isinstance(shape, ShapeSpec)
+        with pytest.raises(ValueError, match="lazyconfig.yaml is a LazyConfig, .* Detectron2's"):
+            read_config(path)
+    path.write_text("MODEL:\n  UNKNOWN: 1\n")
+    with pytest.raises(KeyError, match="MODEL.UNKNOWN"):
+        read_config(path)

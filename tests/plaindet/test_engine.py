@@ -4,13 +4,14 @@ import pytest
 import torch
 import yaml
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
 from plaindet import add_plaindet_config
+from plaindet.data import build_train_stream
 from plaindet.engine import (
     PlainTrainer,
     build_evaluator,
@@ -83,6 +84,43 @@ def test_trains_like_detectron2(make_cfg):
         trainer.train()
         losses.append(trainer.storage.latest()["total_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+class LoaderOfDetectron2sSignature(PlainTrainer):
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return build_train_stream(cfg, DatasetMapper(cfg, is_train=True))
+
+
+class LoaderOfAMapper(PlainTrainer):
+    @classmethod
+    def build_train_loader(cls, cfg, *, mapper=None):
+        return build_train_stream(cfg, mapper)
+
+
+class LoaderOfAnything(PlainTrainer):
+    @classmethod
+    def build_train_loader(cls, cfg, **options):
+        return super().build_train_loader(cfg, **options)
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "gets_mapper"),
+    [
+        (LoaderOfDetectron2sSignature, False),
+        (LoaderOfAMapper, True),
+        (LoaderOfAnything, True),
+    ],
+)
+def test_train_loader_of_a_subclass(make_cfg, trainer_class, gets_mapper):
+    """It gets the mapper if it takes one, also where resuming brings another seed."""
+    trainer = trainer_class(make_cfg(CONFIG))
+    for seed in (trainer.cfg.SEED, 5):
+        trainer.set_seed(seed)
+        dataset = trainer.data_loader.dataset
+        assert dataset.seed == seed
+        assert (dataset.dataset._map_func._obj is trainer.mapper) == gets_mapper
+        assert len(next(iter(trainer.data_loader))) == 2
 
 
 def test_plain_config_is_detectron2s(make_cfg):

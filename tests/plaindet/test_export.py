@@ -86,3 +86,11 @@ def test_exported_detector(make_cfg, detector, backbone):
             assert_same_detections(detections, traced(image))
         found = session.run(None, {"image": image.numpy()})
         assert_same_detections(detections, [torch.from_numpy(x) for x in found])
+
+
+def test_keypoints(make_cfg):
+    """Which would be missing from the file."""
+    cfg = make_cfg("quick/faster_rcnn_R_18_baseline.yaml", "MODEL.KEYPOINT_ON", "True")
+    cfg.MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS = (8,)
+    with pytest.raises(ValueError, match="keypoints, which are not exported.*KEYPOINT_ON False"):
+        export_onnx(build_model(cfg), torch.zeros(3, 64, 64))

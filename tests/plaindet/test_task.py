@@ -261,6 +261,26 @@ def test_unknown_method(make_cfg):
         PlainTrainer(cfg)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        (BASELINE, "MODEL.TRAINING_METHODS", "('LabelEnc',)"),
+        ("quick/retinanet_R_18_labelenc_step1.yaml",),
+    ],
+)
+def test_build_model_of_a_plain_detector(make_cfg, config):
+    """As of a DefaultTrainer. It would train without the methods, also those of a short name."""
+
+    class PlainModelTrainer(PlainTrainer):
+        @classmethod
+        def build_model(cls, cfg):
+            return build_model(make_cfg(BASELINE))
+
+    assert not PlainModelTrainer(make_cfg(BASELINE)).task.methods
+    with pytest.raises(ValueError, match=r"without \['LabelEnc'\]: return .*build_task\(cfg\)"):
+        PlainModelTrainer(make_cfg(*config))
+
+
 def test_resuming_under_the_plain_name(make_cfg):
     """A run of a short name goes on as the plain detector with its methods."""
     options = ("SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", "1")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import detectron2
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.utils.file_io import PathManager
 
 from .data import register_coco_format
 
@@ -75,7 +76,7 @@ def read_config(
         add_configs: functions that add further keys.
 
     Raises:
-        ValueError: the file has a yaml tag that runs code.
+        ValueError: the file has a yaml tag that runs code, or is a LazyConfig.
     """
     cfg = merge_config(config_file, overrides, (add_method_configs, *add_configs))
     register_coco_format(cfg.DATASETS.COCO_FORMAT)
@@ -95,7 +96,15 @@ def merge_config(
     cfg = RelativePathsCfgNode(cfg)
     try:
         cfg.merge_from_file(str(config_file), allow_unsafe=_is_detectron2s(config_file))
-    except yaml.constructor.ConstructorError as error:
+    except (yaml.constructor.ConstructorError, KeyError) as error:
+        if _is_lazy(config_file):
+            raise ValueError(
+                f"{config_file} is a LazyConfig, as runs of LazyConfigs write it, for Detectron2's "
+                "tools/lazyconfig_train_net.py. Expected a yaml config with keys such as "
+                "MODEL.META_ARCHITECTURE"
+            ) from error
+        if isinstance(error, KeyError):
+            raise
         raise ValueError(
             f"{config_file} is refused, since it has a yaml tag that runs code, which only the "
             f"configs inside the detectron2 package may: write its value instead. {error}"
@@ -110,6 +119,17 @@ def _is_detectron2s(config_file: str | os.PathLike) -> bool:
     # Not by importing detectron2.model_zoo, which needs a setuptools with pkg_resources.
     package = os.path.realpath(os.path.dirname(detectron2.__file__))
     return os.path.realpath(config_file).startswith(os.path.join(package, "model_zoo", ""))
+
+
+def _is_lazy(config_file: str | os.PathLike) -> bool:
+    """Whether a yaml file has a `model` with a `_target_`."""
+    with PathManager.open(str(config_file)) as file:
+        root = yaml.compose(file)  # which makes nothing of its tags
+    return any(
+        key.value == "model" and any(name.value == "_target_" for name, _ in node.value)
+        for key, node in root.value
+        if isinstance(node, yaml.MappingNode)
+    )
 
 
 class RelativePathsCfgNode(CfgNode):

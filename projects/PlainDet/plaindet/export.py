@@ -31,6 +31,9 @@ def detect(model: nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         boxes (N, 4) in XYXY absolute pixels, scores (N,), classes (N,) int64, and of a Mask R-CNN
         masks (N, M, M), the probabilities inside the boxes, as
         `detectron2.layers.paste_masks_in_image` takes them
+
+    Raises:
+        ValueError: the detector has keypoints, which are not exported.
     """
     inputs = [{"image": image}]
     if isinstance(model, GeneralizedRCNN):
@@ -38,6 +41,11 @@ def detect(model: nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         instances = model.inference(inputs, do_postprocess=False)[0]
     else:
         instances = model(inputs)[0]["instances"]
+    if instances.has("pred_keypoints"):
+        raise ValueError(
+            f"This {type(model).__name__} detects keypoints, which are not exported: with "
+            "MODEL.KEYPOINT_ON False it is exported without them"
+        )
     outputs = [instances.pred_boxes.tensor, instances.scores, instances.pred_classes]
     if instances.has("pred_masks"):
         outputs.append(instances.pred_masks[:, 0])

@@ -7,6 +7,7 @@ Detectron2's own: `train`, `optimizer`, `lr_multiplier` and `dataloader`.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,12 @@ from typing import Any
 
 import yaml
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
-from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.engine import HookBase, hooks
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.solver import LRMultiplier
@@ -34,6 +40,8 @@ from .evaluation import PlainCOCOEvaluator
 from .task import TrainingTask
 from .teacher import Teacher
 from .trainer import PlainTrainer
+
+logger = logging.getLogger(__name__)
 
 # What a run writes into its folder.
 PLAIN_LAZY_CONFIG = "plain_lazyconfig.yaml"
@@ -64,9 +72,19 @@ _FURTHER_KEYS = {
     r"MODEL\.LABELENC\.\w+": "an argument of LabelEnc",
     r"MODEL\.CROSSKD\.\w+": "an argument of CrossKD",
 }
-# Of loaders and of their data sets. The others would be lost.
-_KNOWN = {"dataset", "mapper", "total_batch_size", "num_workers", "aspect_ratio_grouping"}
+# The loaders and what is read of them, of their data sets and of `train`. The rest would be lost.
+_LOADERS = {"train": build_detection_train_loader, "test": build_detection_test_loader}
+_KNOWN = {
+    "train": {"dataset", "mapper", "total_batch_size", "num_workers", "aspect_ratio_grouping"},
+    "test": {"dataset", "mapper", "num_workers"},
+}
 _KNOWN_OF_DATASETS = {"names", "filter_empty"}
+_KNOWN_OF_TRAIN = {
+    *(key.split(".")[1] for key in KEYS.values() if key.startswith("train.")),
+    *("ddp", "log_period"),
+    *("cudnn_benchmark", "float32_precision"),  # of Detectron2's default_setup
+}
+_KNOWN_OF_CHECKPOINTER = {"period", "max_to_keep"}
 # What takes the place of Detectron2's own.
 _OURS = {DatasetMapper: PlainDatasetMapper, COCOEvaluator: PlainCOCOEvaluator}
 
@@ -96,11 +114,11 @@ def run_cfg(config: DictConfig) -> CfgNode:
     """What the engine reads of a run, under the keys of a yaml config.
 
     Raises:
-        ValueError: the data are made in a way that the engine does not know.
+        ValueError: the data are made, or the run is to be, in a way that the engine does not know.
     """
-    loaders = {name: config.dataloader.get(name) for name in ("train", "test")}
-    for name, loader in loaders.items():
-        _check_loader(f"dataloader.{name}", loader)
+    for name in _LOADERS:
+        _check_loader(name, config.dataloader.get(name))
+    _check_train(config.train)
     cfg = get_cfg()
     add_plaindet_config(cfg)
     add_method_configs(cfg)
@@ -124,23 +142,68 @@ def run_cfg(config: DictConfig) -> CfgNode:
     return cfg
 
 
-def _check_loader(name: str, loader: DictConfig | None) -> None:
+def _check_loader(split: str, loader: DictConfig | None) -> None:
     if loader is None:
         return
+    name, function = f"dataloader.{split}", _LOADERS[split]
+    if _target(loader) is not function:
+        raise ValueError(
+            f"{name} is of {loader.get('_target_')}, expected L({function.__name__})(...) of "
+            "Detectron2, which a stream of this project takes the place of: what another loader "
+            "does to an image can be done in the mapper, and data of other kinds can be registered "
+            "in the DatasetCatalog"
+        )
     dataset = loader.get("dataset")
     if dataset is None or _target(dataset) is not get_detection_dataset_dicts:
         raise ValueError(
             f"{name}.dataset has to be L(get_detection_dataset_dicts)(names=...), so that the data "
             "are checked before the run: register data of other kinds in the DatasetCatalog"
         )
-    unknown = [f"{name}.{key}" for key in loader if key not in {"_target_", *_KNOWN}]
+    unknown = [f"{name}.{key}" for key in loader if key not in {"_target_", *_KNOWN[split]}]
     known = {"_target_", *_KNOWN_OF_DATASETS}
     unknown += [f"{name}.dataset.{key}" for key in dataset if key not in known]
     if unknown:
+        reason = {
+            "train": "which can be continued exactly",
+            "test": "since images are evaluated one by one",
+        }
         raise ValueError(
-            f"{', '.join(unknown)}: expected {sorted(_KNOWN)} and of the data set "
-            f"{sorted(_KNOWN_OF_DATASETS)} alone, which can be continued exactly"
+            f"{', '.join(unknown)}: expected {sorted(_KNOWN[split])} and of the data set "
+            f"{sorted(_KNOWN_OF_DATASETS)} alone, {reason[split]}"
         )
+
+
+def _check_train(train: DictConfig) -> None:
+    """Refuses what would end in another model, or in other checkpoints, than the config asks for.
+    Some scripts for LazyConfigs have such keys."""
+    if _is_on(train, "clip_grad"):
+        raise ValueError(
+            "train.clip_grad is on, but gradients are not clipped by this key: let "
+            "optimizer._target_ be a function of yours that returns an optimizer which clips, as "
+            "those of Detectron2's maybe_add_gradient_clipping"
+        )
+    if _is_on(train, "model_ema"):
+        raise ValueError(
+            "train.model_ema is on, but there is no moving average of the weights here: set "
+            "train.model_ema.enabled to False"
+        )
+    unknown = [key for key in train.get("checkpointer") or () if key not in _KNOWN_OF_CHECKPOINTER]
+    if unknown:
+        names = ", ".join(f"train.checkpointer.{key}" for key in unknown)
+        raise ValueError(f"{names}: expected {sorted(_KNOWN_OF_CHECKPOINTER)} alone")
+
+
+def _is_on(node: DictConfig, key: str) -> bool:
+    """Whether there is a key that asks for something, and is not switched off by its `enabled`."""
+    value = node.get(key)
+    return bool(value.get("enabled", True) if isinstance(value, DictConfig) else value)
+
+
+def _warn_of_ignored(train: DictConfig) -> None:
+    """Of keys of `train` that ask for something, in one line."""
+    ignored = [f"train.{key}" for key in train if key not in _KNOWN_OF_TRAIN and _is_on(train, key)]
+    if ignored:
+        logger.warning(f"Nothing reads {', '.join(ignored)} of the LazyConfig")
 
 
 def _target(node: DictConfig) -> Any:
@@ -198,6 +261,9 @@ def evaluate_lazy(config: DictConfig, cfg: CfgNode, detector: nn.Module) -> dict
     if not cfg.DATASETS.TEST:
         return {}
     mapper = _build(config.dataloader.test.mapper)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATALOADER.NUM_WORKERS = config.dataloader.test.get("num_workers", 0)
     loader = PlainTrainer.build_test_loader(cfg, cfg.DATASETS.TEST[0], mapper)
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
     evaluator = _build(config.dataloader.evaluator, output_dir=folder)
@@ -233,6 +299,7 @@ class LazyTrainer(PlainTrainer):
 
     def __init__(self, config: DictConfig):
         self.config = config
+        _warn_of_ignored(config.train)
         with lazy_terms():
             super().__init__(run_cfg(config))
 
@@ -251,7 +318,7 @@ class LazyTrainer(PlainTrainer):
         node.params.model = model
         factor = node.params.get("lr_factor_func")
         if factor is not None:
-            node.params.lr_factor_func = partial(detector_lr_factor, factor=factor)
+            node.params.lr_factor_func = partial(detector_lr_factor, factor=instantiate(factor))
         optimizer = instantiate(node)
         for group in optimizer.param_groups:
             # Such as NAdam's betas. Checkpoints have them, and are read as tensors and lists alone.

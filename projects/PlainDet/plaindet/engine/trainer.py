@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import weakref
@@ -89,10 +90,11 @@ class PlainTrainer(DefaultTrainer):
         check_equal_classes(dataset_names)
         model = self.build_model(cfg)
         self.task = model if isinstance(model, TrainingTask) else TrainingTask(model)
+        _check_methods(cfg, self.task)
         check_num_classes(self.plain_model, dataset_names)
         optimizer = self.build_optimizer(cfg, self.task)
         self.mapper = self.build_train_mapper(cfg)
-        data_loader = self.build_train_loader(cfg, self.mapper)
+        data_loader = self._train_loader(cfg)
 
         on_cpu = next(self.task.parameters()).device.type == "cpu"
         ddp_arguments = {**self.ddp_arguments(), **({"device_ids": None} if on_cpu else {})}
@@ -201,7 +203,13 @@ class PlainTrainer(DefaultTrainer):
     def set_seed(self, seed: int) -> None:
         """Everything random in the run follows `seed` from here on."""
         self.cfg = _with_seed(self.cfg, seed)
-        self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg, self.mapper))
+        self._trainer.reset_data_loader(lambda: self._train_loader(self.cfg))
+
+    def _train_loader(self, cfg: CfgNode):
+        # An override of Detectron2's signature takes no mapper, and builds one itself.
+        parameters = inspect.signature(self.build_train_loader).parameters.values()
+        takes_mapper = any(x.name == "mapper" or x.kind is x.VAR_KEYWORD for x in parameters)
+        return self.build_train_loader(cfg, **({"mapper": self.mapper} if takes_mapper else {}))
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
@@ -276,6 +284,19 @@ class PlainTrainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         return build_evaluator(cfg, dataset_name)
+
+
+def _check_methods(cfg: CfgNode, task: TrainingTask) -> None:
+    """A build_model as DefaultTrainer's returns a plain detector, which would train without the
+    methods of the config."""
+    names = training_methods(cfg)
+    lacking = [name for name in names if name not in task.training_only]
+    if lacking:
+        raise ValueError(
+            f"MODEL.TRAINING_METHODS of {cfg.MODEL.META_ARCHITECTURE} names {names}, but what "
+            f"build_model returned would train without {lacking}: return "
+            "plaindet.engine.build_task(cfg) or TrainingTask(model, methods)"
+        )
 
 
 def _inner_trainer(cfg: CfgNode, *arguments) -> SimpleTrainer:
