@@ -88,7 +88,7 @@ demo-crosskd: $(STAMP)  ## teacher, student and CrossKD, and a report (DATASET=<
 STUDY := $(if $(filter cuda%,$(DEVICE)),OMP_NUM_THREADS=1) $(PYTHON) tools/study.py
 STUDY_OPTIONS = --data $(DATA) --jobs $(JOBS) --device $(DEVICE)
 
-study: $(STAMP) $(WEIGHTS)  ## studies, three seeds: hours (STUDIES=, DATA=<folder>, JOBS=12 DEVICE=cuda)
+study: $(STAMP) $(WEIGHTS)  ## studies, three seeds: days (STUDIES=, DATA=<folder>, JOBS=12 DEVICE=cuda)
 	$(STUDY) $(STUDIES) $(STUDY_OPTIONS)
 
 study-smoke: $(STAMP) $(WEIGHTS)  ## both methods in short, with pretrained backbones: half an hour

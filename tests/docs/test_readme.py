@@ -66,9 +66,11 @@ OWN_STUDY = "title: learning rate 0.04"
 PACKAGED_CONFIG = "cfg = read_config(get_config_file("
 LAZY_TASK = "model = L(TrainingTask)"
 LAZY_SCRIPT = "hook = LabelEncHook(model"
+OWN_STEP1 = "# my_gfl_step1.yaml"
+CLIPPING = "def clipped_adamw("
 OTHERS = [RESULT, RESULT_OF_PLAINDET, OWN_PROJECT, OWN_TRAINER, OWN_TRAINER_WITH_CROSSKD, OWN_KEYS]
 OTHERS += [OWN_ADAPTER, OWN_METHOD, TASK, REPLAY, BOTH_METHODS, OWN_BACKBONE, ONNX, OWN_STUDY]
-OTHERS += [PACKAGED_CONFIG, LAZY_TASK, LAZY_SCRIPT]
+OTHERS += [CLIPPING, OWN_STEP1, PACKAGED_CONFIG, LAZY_TASK, LAZY_SCRIPT]
 
 MY_PROJECT = """
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -390,6 +392,23 @@ def test_keys_of_a_project(run_python, run, workspace):
 @pytest.mark.parametrize("text", [OWN_ADAPTER, TASK, PACKAGED_CONFIG, LAZY_TASK])
 def test_parts_of_a_task(run_python, text):
     run_python(snippet(text))
+
+
+def test_clipping_of_a_lazy_config():
+    scope = {}
+    exec(snippet(CLIPPING), scope)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.tensor([100.0])
+    scope["clipped_adamw"]([{"params": [parameter]}], lr=0.1).step()
+    assert parameter.grad.item() == 1.0  # CLIP_VALUE
+
+
+def test_own_step1(workspace):
+    """A detector without a config has the paper's schedule."""
+    (workspace / "my_gfl_step1.yaml").write_text(snippet(OWN_STEP1))
+    cfg = read_config(str(workspace / "my_gfl_step1.yaml"))
+    assert (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.TRAINING_METHODS) == ("GFL", ("LabelEnc",))
+    assert (cfg.MODEL.LABELENC.STEP, cfg.SOLVER.MAX_ITER) == (1, 120000)
 
 
 def test_own_method(run_python, run, make_cfg, workspace):

@@ -320,11 +320,6 @@ CASES = {
         HANDLED,
         *MASKS,
     ),
-    "no mask of a box without area": (
-        annotation(bbox=[40, 40, 0, 0], segmentation=[]),
-        HANDLED,
-        *MASKS,
-    ),
     "image twice": (edit(lambda content: content["images"].append(content["images"][0])), HANDLED),
     # clipped
     "box partly outside": (annotation(bbox=[70, 50, 30, 30]), HANDLED),

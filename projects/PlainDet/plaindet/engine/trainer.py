@@ -6,7 +6,6 @@ import inspect
 import logging
 import os
 import weakref
-from inspect import getattr_static
 
 import torch
 from detectron2.config import CfgNode
@@ -82,7 +81,7 @@ class PlainTrainer(DefaultTrainer):
         check_device(cfg)
         check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
         check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
-        if all(getattr_static(type(self), x) is vars(PlainTrainer)[x] for x in _EVALUATION):
+        if all(inspect.getattr_static(type(self), x) is vars(PlainTrainer)[x] for x in _EVALUATION):
             for name in cfg.DATASETS.TEST:
                 find_evaluator_type(name)
         dataset_names = list(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
