@@ -327,6 +327,8 @@ def test_teacher_of_an_unknown_data_set(make_trainer, caplog):
         ("retinanet", "STRATEGY", "e", "'a', 'b', 'c', 'd', 'mimicking'"),
         ("retinanet", "POSITION", 3, "0, 1, 2"),
         ("retinanet", "CLS_LOSS", "focal", "'qfl', 'bce'"),
+        ("retinanet", "CLS_GAMMA", 0.5, "0 or at least 1"),
+        ("faster_rcnn", "CLS_GAMMA", -1.0, "0 or at least 1"),
         ("retinanet", "CLS_REGION", "none", "'all', 'positive', 'negative'"),
         ("gfl", "BOX_LOSS", "l2", "'giou', 'iou', 'l1', 'kl'"),
         # Their boxes are no distributions: the loss would be 0.

@@ -13,7 +13,7 @@ from plaindet.engine import Teacher
 from plaindet.engine.adapters import DETRAdapter
 
 from .losses import box_loss, quality_focal_loss
-from .method import CrossKD, check_equal, check_option
+from .method import CrossKD, check_equal, check_gamma, check_option
 
 if TYPE_CHECKING:
     from plaindet.modeling.deformable_transformer import Memory, Predictions, StageInputs
@@ -59,6 +59,7 @@ class DETRCrossKD(CrossKD):
         super().__init__(teacher)
         check_option("CROSSKD.QUERIES", queries, ("teacher", "student"))
         check_option("CROSSKD.CLS_LOSS", cls_loss, ("qfl", "bce"))
+        check_gamma(cls_gamma)
         self.source_of_queries = queries
         self.cls_gamma = cls_gamma if cls_loss == "qfl" else 0.0
         self.cls_weight = cls_weight

@@ -15,7 +15,7 @@ from plaindet.modeling import mean_over_processes
 
 from .alignment import align_features
 from .losses import box_loss, distribution_loss, feature_loss, quality_focal_loss
-from .method import CrossKD, check_equal, check_option
+from .method import CrossKD, check_equal, check_gamma, check_option
 
 STRATEGIES = ("a", "b", "c", "d", "mimicking")
 
@@ -63,6 +63,7 @@ class DenseCrossKD(CrossKD):
         super().__init__(teacher)
         check_option("CROSSKD.STRATEGY", strategy, STRATEGIES)
         check_option("CROSSKD.CLS_LOSS", cls_loss, ("qfl", "bce"))
+        check_gamma(cls_gamma)
         check_option("CROSSKD.CLS_REGION", cls_region, ("all", "positive", "negative"))
         self.position = position
         self.strategy = strategy

@@ -172,6 +172,17 @@ def check_option(key: str, value, expected) -> None:
         raise ValueError(f"MODEL.{key} is {value!r}, expected one of {list(expected)}")
 
 
+def check_gamma(gamma: float) -> None:
+    """Checks CLS_GAMMA, an exponent of |p - q|: between 0 and 1 its slope is infinite where the
+    probabilities are equal.
+
+    Raises:
+        ValueError: it is neither 0 nor at least 1.
+    """
+    if gamma != 0 and not gamma >= 1:
+        raise ValueError(f"MODEL.CROSSKD.CLS_GAMMA is {gamma}, expected 0 or at least 1")
+
+
 def check_equal(found: dict) -> None:
     """Checks that student and teacher agree.
 

@@ -15,7 +15,7 @@ from plaindet.modeling import mean_over_processes
 
 from .alignment import align_features
 from .losses import box_loss, distribution_loss, probability_logits, quality_focal_loss
-from .method import CrossKD, check_equal, check_option
+from .method import CrossKD, check_equal, check_gamma, check_option
 
 
 class TwoStageCrossKD(CrossKD):
@@ -60,6 +60,7 @@ class TwoStageCrossKD(CrossKD):
         super().__init__(teacher)
         check_option("CROSSKD.STRATEGY", strategy, ("a", "mimicking"))
         check_option("CROSSKD.CLS_LOSS", cls_loss, ("kl", "qfl"))
+        check_gamma(cls_gamma)
         check_option("CROSSKD.BOX_LOSS", box_loss, ("l1", "giou", "iou"))
         self.position = position
         self.strategy = strategy
