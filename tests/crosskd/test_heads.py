@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.layers import Conv2d, ShapeSpec
+from detectron2.modeling.meta_arch import fcos
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
 from torch.nn import functional as F
@@ -81,6 +82,22 @@ def test_parts_make_the_whole():
         for actual in (adapter.flatten(run.predictions), adapter.predictions_from(held)):
             assert torch.equal(actual.logits, expected.logits)
             assert torch.equal(actual.regression, expected.regression)
+
+
+@torch.no_grad()
+def test_fcos_of_detectron2():
+    """Its centerness goes through the tower of the boxes."""
+    shapes = [ShapeSpec(channels=32, stride=stride) for stride in (32, 64, 128)]
+    head = fcos.FCOSHead(input_shape=shapes, num_classes=8, conv_dims=[32] * 4, norm="GN").eval()
+    adapter = make_adapter(head, 32)
+    adapter.detector.prediction_dims = [8, 4, 1]
+    features = [torch.randn(2, 32, size, size) for size in (8, 4, 2)]
+    expected = adapter.flatten(head(features))
+    adapter.position = 3
+    found = adapter.predictions_from(adapter.run_head(dict(zip(("p5", "p6", "p7"), features))).held)
+    assert expected.centerness_logits is not None
+    for name in ("logits", "regression", "centerness_logits"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
 @pytest.mark.parametrize("activation", [nn.SiLU, nn.GELU, nn.LeakyReLU])

@@ -218,3 +218,12 @@ def test_does_not_run_code_of_the_file(make_cfg, tmp_path):
     with pytest.raises(ValueError, match="is no step-1 file"):
         inherit_step1_file(build_model(make_cfg(STEP2)), str(tmp_path / "label_encoder.pth"))
     assert not (tmp_path / "executed").exists()
+
+
+def test_fast_rcnn(make_cfg, tmp_path):
+    """Its proposals are part of the data: there is no generator whose settings matter."""
+    overrides = ("MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals")
+    cfg = make_cfg("quick/faster_rcnn_R_18_labelenc_step1.yaml", *overrides)
+    save_step1_file(build_model(cfg), str(tmp_path / "file"))
+    cfg = make_cfg("quick/faster_rcnn_R_18_labelenc_step2.yaml", *overrides)
+    inherit_step1_file(build_model(cfg), str(tmp_path / "file"))

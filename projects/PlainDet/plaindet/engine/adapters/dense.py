@@ -151,8 +151,12 @@ class DenseAdapter(DetectorAdapter):
         )
         if hasattr(head, "predict"):  # plaindet's heads
             levels = [head.predict(*pair, level) for level, pair in enumerate(zip(cls, box))]
-        else:  # Detectron2's RetinaNetHead
-            levels = [(head.cls_score(x), head.bbox_pred(y)) for x, y in zip(cls, box)]
+        else:  # Detectron2's RetinaNetHead, and its FCOSHead, whose ctrness is behind the boxes'
+            more = [head.ctrness] if hasattr(head, "ctrness") else []
+            levels = [
+                (head.cls_score(x), head.bbox_pred(y), *(layer(y) for layer in more))
+                for x, y in zip(cls, box)
+            ]
         return self.flatten([list(prediction) for prediction in zip(*levels)])
 
     def _rest(self, tower: nn.Sequential) -> nn.Sequential:

@@ -44,16 +44,20 @@ class TwoStageAdapter(DetectorAdapter):
 
     @property
     def head_settings(self) -> dict:
-        proposal_generator = self.detector.proposal_generator
+        proposal_generator, settings = self.detector.proposal_generator, {}
+        if proposal_generator is not None:  # in Fast R-CNN proposals are part of the data
+            settings = {
+                "proposal_box_weights": list(proposal_generator.box2box_transform.weights),
+                **anchor_settings(proposal_generator.anchor_generator),
+            }
         return {
-            "proposal_box_weights": list(proposal_generator.box2box_transform.weights),
             # One list, or one for each stage of a cascade.
             "box_weights": [
                 list(module.box2box_transform.weights)
                 for module in self.detector.roi_heads.modules()
                 if isinstance(module, FastRCNNOutputLayers)
             ],
-            **anchor_settings(proposal_generator.anchor_generator),
+            **settings,
         }
 
     @property
