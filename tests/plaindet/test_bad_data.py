@@ -250,6 +250,10 @@ CASES = {
         edit(lambda content: content["images"][2].update(id="three")),
         r"train\.json: some ids of images are numbers and some texts: ",
     ),
+    "category ids of two types": (
+        edit(lambda content: content["categories"][1].update(id="two")),
+        r"some ids of categories are numbers and some texts: ",
+    ),
     "compressed run lengths without size": (
         annotation(segmentation={"counts": "PPYo1"}),
         FIRST + "the size of the mask is None",

@@ -171,6 +171,7 @@ def _category_problems(categories: list[dict]) -> Iterator[str]:
         if count > 1:
             names = [x.get("name") for x in categories if str(x.get("id")) == category_id]
             yield f"{_number(count)} categories have the id {category_id}: {some_of(names)}"
+    yield from _problem_of_types("categories", categories, "name")
 
 
 def _image_problems(images: list[dict]) -> Iterator[str]:
@@ -184,11 +185,15 @@ def _image_problems(images: list[dict]) -> Iterator[str]:
         other = files.setdefault(image["id"], name)
         if other != name:  # only the last one would be read, with the annotations of all
             yield f"images {other} and {name} have the same id {image['id']}"
-    types = list(dict.fromkeys(type(image["id"]) for image in images if _has_id(image)))
+    yield from _problem_of_types("images", images, "file_name")
+
+
+def _problem_of_types(what: str, entries: list[dict], name: str) -> Iterator[str]:
+    types = list(dict.fromkeys(type(x["id"]) for x in entries if _has_id(x)))
     if len(types) > 1:
-        examples = [next(x for x in images if type(x.get("id")) is kind) for kind in types]
-        examples = [f"{x['id']!r} of {x.get('file_name')}" for x in examples]
-        yield f"some ids of images are numbers and some texts: {some_of(examples)}"
+        examples = [next(x for x in entries if type(x.get("id")) is kind) for kind in types]
+        examples = [f"{x['id']!r} of {x.get(name)}" for x in examples]
+        yield f"some ids of {what} are numbers and some texts: {some_of(examples)}"
 
 
 def _annotation_problems(content: dict, unique_ids: bool) -> Iterator[str]:
