@@ -4,7 +4,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_train_loader
 
-from plaindet.data import PlainDatasetMapper
+from plaindet.data import PlainDatasetMapper, mapper
 
 NOISE = np.random.RandomState(0).randint(0, 255, (64, 80, 3), dtype=np.uint8)
 CONFIG = "quick/retinanet_R_18_baseline.yaml"
@@ -19,6 +19,16 @@ def test_equals_detectron2(make_cfg, tiny_data):
     assert torch.equal(ours["image"], theirs["image"])
     boxes = [data["instances"].gt_boxes.tensor for data in (ours, theirs)]
     assert torch.equal(*boxes)
+
+
+def test_crop_of_polygons(make_cfg, monkeypatch):
+    """Detectron2 imports shapely for the first image that has some."""
+    monkeypatch.setattr(mapper, "find_spec", lambda name: None)
+    overrides = ["INPUT.CROP.ENABLED", "True", "MODEL.MASK_ON", "True"]
+    PlainDatasetMapper(make_cfg(CONFIG, *overrides, "INPUT.MASK_FORMAT", "bitmask"))
+    PlainDatasetMapper(make_cfg(CONFIG, *overrides), is_train=False)
+    with pytest.raises(ModuleNotFoundError, match="needs shapely, .* INPUT.MASK_FORMAT bitmask"):
+        PlainDatasetMapper(make_cfg(CONFIG, *overrides))
 
 
 def missing(path):

@@ -1,6 +1,7 @@
 """From a record of a data set to the input of a detector."""
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 from detectron2.config import configurable
 from detectron2.data import DatasetMapper
@@ -28,6 +29,12 @@ class PlainDatasetMapper(DatasetMapper):
     def from_config(cls, cfg, is_train: bool = True):
         arguments = super().from_config(cfg, is_train)
         crop = cfg.INPUT.CROP
+        crops_polygons = cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon" and crop.ENABLED
+        if is_train and crops_polygons and find_spec("shapely") is None:
+            raise ModuleNotFoundError(
+                "INPUT.CROP of masks that are polygons needs shapely, which is not installed: "
+                "`pip install shapely`, or set INPUT.MASK_FORMAT bitmask"
+            )
         if is_train and crop.ENABLED and crop.RESIZE_BEFORE:
             augmentations = arguments["augmentations"]  # the crop is the first
             resize = T.ResizeShortestEdge(crop.RESIZE_BEFORE, sample_style="choice")
