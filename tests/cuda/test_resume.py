@@ -63,7 +63,7 @@ def test_resumed_equals_uninterrupted(method, detector, gpu, make_method_cfg):
 def test_torchscript(deterministic):
     """It optimises on GPUs, which changes last bits, but not where runs are to be repeatable."""
     hook = ExactResume(torch.nn.Linear(2, 2, device="meta"), checkpoint_period=1)
-    hook.trainer = SimpleNamespace(data_loader=[], start_iter=0)
+    hook.trainer = SimpleNamespace(data_loader=[], start_iter=0, cfg=SimpleNamespace(SEED=0))
     before = torch._C._get_graph_executor_optimize()
     torch.use_deterministic_algorithms(deterministic)
     try:

@@ -465,7 +465,8 @@ def test_slurm_script(run, workspace, tmp_path, code, requeued):
     """On one of two machines, whose training ends with an exit code."""
     log = tmp_path / "requeued"
     commands = {
-        "srun": f'[ "$1" = --wait=60 ] || exit 3\nshift\n"$@" || exit 4\nexit {code}',
+        "srun": f'[ "$1 $2" = "--wait=60 --cpus-per-task=64" ] || exit 3\n'
+        f'shift 2\n"$@" || exit 4\nexit {code}',
         "scontrol": f'[ "$1" = show ] && echo first || echo "$@" > {log}',
     }
     for name, text in commands.items():
@@ -474,6 +475,7 @@ def test_slurm_script(run, workspace, tmp_path, code, requeued):
     (script,) = [x for x in BASH if "#SBATCH" in x]
     (workspace / "job.sh").write_text(script)
     ids = {"SLURM_JOB_ID": "12345", "SLURM_NNODES": "2", "SLURM_NODEID": "1"}
+    ids["SLURM_CPUS_PER_TASK"] = "64"
     run(["bash", "-c", f"bash job.sh; [ $? = {code} ]"], **ids, SLURM_JOB_NODELIST="both")
     assert log.exists() == requeued
     if requeued:
