@@ -402,6 +402,7 @@ def test_failed_run(start, monkeypatch):
     assert "Finished runs: 1 of 3" in (output / "tiny_study" / "tiny" / "report.md").read_text()
 
 
+@pytest.mark.long
 def test_two_studies_in_one_folder(start):
     process, output = start("same", "--seeds", "1")
     wait_for(output, "*/seed1/lock")

@@ -51,9 +51,9 @@ CASES = [
 ]
 # Those of `make test-long`: their parts are in the others.
 LONG = [
-    *(f"labelenc_step{step} {d} True" for step in (1, 2) for d in ("fcos", "retinanet")),
+    *(f"labelenc_step{step} {d} True" for step in (1, 2) for d in ("fcos", "atss", "retinanet")),
     *(f"labelenc_step{step} faster_rcnn True" for step in (1, 2)),
-    "crosskd fcos",
+    *(f"crosskd {d}" for d in ("fcos", "atss")),
 ]
 NAMES = [f"{m} {d} {on} {' '.join(more)}".strip() for m, d, on, _, more in CASES]
 

@@ -30,7 +30,7 @@ CONFIG = "quick/retinanet_R_18_baseline.yaml"
         # Random label maps, and a phase that starts at iteration 2.
         ("labelenc_step1", "retinanet", ["DATALOADER.NUM_WORKERS", "1"]),
         ("labelenc_step2", "retinanet", []),
-        ("crosskd", "gfl", []),
+        pytest.param("crosskd", "gfl", [], marks=pytest.mark.long),  # below, with LabelEnc
         ("labelenc_crosskd", "gfl", []),
     ],
 )
