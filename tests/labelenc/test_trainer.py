@@ -407,7 +407,7 @@ def test_single_run_that_cannot_be(make_cfg, overrides):
 def test_single_run_whose_cutoff_is_in_step1(make_cfg):
     """Which still needs its label maps."""
     cfg = make_cfg(STEP1, *SINGLE_RUN, "MODEL.LABELENC.CUTOFF_ITERS", "4")
-    with pytest.raises(ValueError, match=r"CUTOFF_ITERS is 4, .* at iteration 2, .* less than 3"):
+    with pytest.raises(ValueError, match=r"CUTOFF_ITERS is 4, .* at iteration 2, .* at most 3"):
         LabelEncTrainer(cfg)
 
 

@@ -97,8 +97,8 @@ def build_labelenc_hook(
         label_maps: of the training data, which then end with the cut-off.
 
     Raises:
-        ValueError: STEP1_ITERS is not a part of step 1 that trains the image branch, or step 2
-            would begin behind the cut-off.
+        ValueError: STEP1_ITERS is not a part of step 1 that trains the image branch, or the
+            cut-off begins before step 2.
     """
     method, labelenc, max_iter = labelenc_of(task), cfg.MODEL.LABELENC, cfg.SOLVER.MAX_ITER
     start, stop, step1_file, step2_start = 0, max_iter, "", None
@@ -122,7 +122,7 @@ def build_labelenc_hook(
             raise ValueError(
                 f"MODEL.LABELENC.CUTOFF_ITERS is {labelenc.CUTOFF_ITERS}, so that the cut-off "
                 f"begins at iteration {stop}, before step 2 (STEP1_ITERS {step2_start}). Expected "
-                f"less than {max_iter - step2_start}, what SOLVER.MAX_ITER leaves for step 2"
+                f"at most {max_iter - step2_start}, what SOLVER.MAX_ITER leaves for step 2"
             )
     else:
         label_maps = None
